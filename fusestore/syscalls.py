@@ -1,0 +1,39 @@
+"""Linux system calls that the standard library lacks, typed. Blocking. errno becomes OSError, here only."""
+
+import ctypes
+import os
+
+__all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "RENAME_WHITEOUT", "punch_hole", "renameat2", "umount2", "MNT_DETACH"]
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+MNT_DETACH = 2
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+
+
+def _check(result: int, what: bytes) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), what)
+
+
+def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int = 0) -> None:
+    """renameat2(2): `flags` of RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT."""
+    _check(_libc.renameat2(old_dir, old_name, new_dir, new_name, flags), old_name)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """fallocate(2), FALLOC_FL_PUNCH_HOLE: gives the blocks back, keeps the file's size."""
+    _check(_libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length), b"fallocate")
+
+
+def umount2(target: bytes, flags: int = 0) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(target, flags), target)
