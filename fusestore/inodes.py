@@ -1,0 +1,308 @@
+"""What the kernel holds of us: nodes by inode number, lookup counts, open handles. Pure.
+
+A `Node` is one object of the mounted tree that the kernel may know. It belongs to a `Branch`: the part of the
+tree (the images, the containers, one rootfs …) that knows what operations on it mean. A node lives while the
+kernel counts lookups on it, a handle is open on it, or a living node below refers to it; branches index their
+nodes weakly, so what nobody needs is gone without bookkeeping.
+
+Operations that may have to wait (for a disk, a lock, a decompressor) are generators: each `yield` hands out a
+function to be called in a worker thread and resumes with its result (`Steps`). Between two yields nothing else
+runs: a state change never contains a yield. `run` drives them without an event loop, for tests and the REPL.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from types import GeneratorType
+from typing import Any, ClassVar, TypeVar, cast
+
+from . import errors
+from .nodes import Attr, Inode, Xattrs
+
+__all__ = [
+    "FOREVER_S",
+    "Branch",
+    "Caller",
+    "Changes",
+    "DirHandle",
+    "FileHandle",
+    "Handles",
+    "Inodes",
+    "Maybe",
+    "Node",
+    "ROOT_INODE",
+    "Steps",
+    "run",
+]
+
+T = TypeVar("T")
+Steps = Generator[Callable[[], Any], Any, T]
+Maybe = T | Steps[T]
+"""A result, or the steps that lead to it."""
+
+ROOT_INODE = Inode(1)
+FOREVER_S = 86400.0
+"""How long the kernel may keep what only this process changes."""
+
+
+def run(result: "Maybe[T]") -> T:
+    """Drive steps to their result in this thread."""
+    if type(result) is not GeneratorType:
+        return cast(T, result)
+    try:
+        call = next(result)
+        while True:
+            try:
+                value = call()
+            except Exception as error:
+                call = result.throw(error)
+            else:
+                call = result.send(value)
+    except StopIteration as stop:
+        return cast(T, stop.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asked: ids as the mount's user namespace sees them, the thread id, the umask."""
+
+    uid: int
+    gid: int
+    pid: int
+    umask: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What setattr is to change; None leaves a field as it is. Sizes in bytes, times in ns."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class Node:
+    """One object the kernel may know. `lookups` is the kernel's count (fuse.rst: nlookup)."""
+
+    __slots__ = ("__weakref__", "branch", "ino", "lookups")
+
+    entry_timeout_s: ClassVar[float] = FOREVER_S
+    """How long the kernel may believe that the name leads here."""
+    attr_timeout_s: ClassVar[float] = FOREVER_S
+
+    def __init__(self, branch: "Branch", ino: Inode) -> None:
+        self.branch = branch
+        self.ino = ino
+        self.lookups = 0
+
+
+class FileHandle:
+    """An open file. `direct_io` has every read and write come here at once, past the page cache."""
+
+    __slots__ = ("node",)
+    direct_io: ClassVar[bool] = False
+    keep_cache: ClassVar[bool] = True
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def read(self, offset: int, size: int) -> "Maybe[bytes]":
+        """At most `size` bytes from `offset`; short only at the end of the file."""
+        raise errors.NotPermitted("this file cannot be read")
+
+    def write(self, offset: int, data: bytes) -> "Maybe[int]":
+        raise errors.NotPermitted("this file cannot be written")
+
+    def truncate(self, size: int) -> "Maybe[None]":
+        """ftruncate(2) on this handle."""
+        raise errors.NotPermitted("this file cannot be written")
+
+    def flush(self) -> "Maybe[None]":
+        """close(2) was called on one of its descriptors; others may follow."""
+        return None
+
+    def fsync(self, datasync: bool) -> "Maybe[None]":
+        return None
+
+    def close(self) -> "Maybe[None]":
+        """The last descriptor is gone. Called once."""
+        return None
+
+
+class DirHandle:
+    """An open directory: a snapshot of its listing, taken anew whenever reading starts at 0 (rewinddir)."""
+
+    __slots__ = ("listing", "node")
+
+    def __init__(self, node: Node, listing: list[tuple[bytes, Any]]) -> None:
+        self.node = node
+        self.listing = listing
+
+
+class Branch:
+    """One part of the tree. This base is the answer of a read-only place; parts override what they can do.
+
+    Methods take nodes of this branch and return values, or steps (see the module's docstring) where the
+    annotation is Maybe. They raise FusestoreError or OSError, nothing else on purpose.
+    """
+
+    absence_timeout_s: ClassVar[float] = 0.0
+    """How long the kernel may believe that a name is missing."""
+
+    # What is there
+
+    def attr(self, node: Node) -> Attr:
+        raise NotImplementedError
+
+    def lookup(self, node: Node, name: bytes) -> "Maybe[Node]":
+        """The child `name` ('.' and '..' never come here). Raises NotFound."""
+        raise NotImplementedError
+
+    def listing(self, node: Node) -> "Maybe[list[tuple[bytes, Any]]]":
+        """Names in the directory without '.' and '..', each with a token that makes `listed` cheap."""
+        raise NotImplementedError
+
+    def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
+        """The node of an entry of `listing`; None when it has gone since."""
+        raise NotImplementedError
+
+    def parent(self, node: Node) -> Node:
+        """What '..' is."""
+        raise NotImplementedError
+
+    def readlink(self, node: Node) -> bytes:
+        raise errors.BadInput("not a symbolic link")
+
+    def xattrs(self, node: Node) -> "Maybe[Xattrs]":
+        return ()
+
+    def xattr(self, node: Node, name: bytes) -> "Maybe[bytes]":
+        """Raises NoAttribute."""
+        raise errors.NoAttribute("no such attribute")
+
+    def space(self, node: Node) -> tuple[int, ...]:
+        """statvfs(3) fields (bsize, frsize, blocks, bfree, bavail, files, ffree, favail, namemax)."""
+        raise NotImplementedError
+
+    # Open
+
+    def open(self, node: Node, flags: int, caller: Caller) -> "Maybe[FileHandle]":
+        raise errors.ReadOnly("nothing can be opened here")
+
+    def opened_dir(self, node: Node) -> "Maybe[None]":
+        """A directory handle was opened; `closed_dir` follows once."""
+        return None
+
+    def closed_dir(self, node: Node) -> None:
+        return None
+
+    # Changes
+
+    def setattr(self, node: Node, changes: Changes, caller: Caller) -> "Maybe[None]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def create(
+        self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> "Maybe[tuple[Node, FileHandle]]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> "Maybe[Node]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> "Maybe[Node]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def symlink(self, node: Node, name: bytes, target: bytes, caller: Caller) -> "Maybe[Node]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def link(self, node: Node, new_parent: Node, name: bytes) -> "Maybe[Node]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def unlink(self, node: Node, name: bytes) -> "Maybe[None]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def rmdir(self, node: Node, name: bytes) -> "Maybe[None]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> "Maybe[None]":
+        """Within this branch; `flags` of RENAME_NOREPLACE, RENAME_EXCHANGE."""
+        raise errors.ReadOnly("read-only part of the store")
+
+    def set_xattr(self, node: Node, name: bytes, value: bytes) -> "Maybe[None]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def remove_xattr(self, node: Node, name: bytes) -> "Maybe[None]":
+        raise errors.ReadOnly("read-only part of the store")
+
+    def fsync_dir(self, node: Node) -> "Maybe[None]":
+        return None
+
+    def forgotten(self, node: Node) -> None:
+        """The kernel knows `node` no more."""
+        return None
+
+
+class Inodes:
+    """The nodes the kernel counts lookups on. Touched by one thread only, the event loop's."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Node] = {}
+        self._next = 1 << 62
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def number(self, preferred: int | None = None) -> Inode:
+        """A number for a new node: `preferred` unless a node the kernel knows has it, else one never used."""
+        if preferred is not None and preferred not in self._held:
+            return Inode(preferred)
+        self._next += 1
+        return Inode(self._next)
+
+    def node(self, ino: int) -> Node:
+        try:
+            return self._held[ino]
+        except KeyError:
+            raise errors.Stale(f"inode {ino} is not known") from None
+
+    def remember(self, node: Node) -> None:
+        """The kernel was told of `node` once more."""
+        node.lookups += 1
+        if node.lookups == 1:
+            self._held[node.ino] = node
+
+    def forget(self, ino: int, count: int) -> None:
+        node = self._held.get(ino)
+        if node is None or ino == ROOT_INODE:
+            return
+        node.lookups -= count
+        if node.lookups <= 0:
+            del self._held[ino]
+            node.branch.forgotten(node)
+
+
+class Handles:
+    """Open handles by number; a number is not used twice."""
+
+    def __init__(self) -> None:
+        self._handles: dict[int, Any] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def add(self, handle: FileHandle | DirHandle) -> int:
+        self._next += 1
+        self._handles[self._next] = handle
+        return self._next
+
+    def file(self, number: int) -> FileHandle:
+        return cast(FileHandle, self._handles[number])
+
+    def directory(self, number: int) -> DirHandle:
+        return cast(DirHandle, self._handles[number])
+
+    def remove(self, number: int) -> Any:
+        return self._handles.pop(number)
