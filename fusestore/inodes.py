@@ -6,14 +6,14 @@ kernel counts lookups on it, a handle is open on it, or a living node below refe
 nodes weakly, so what nobody needs is gone without bookkeeping.
 
 Operations that may have to wait (for a disk, a lock, a decompressor) are generators: each `yield` hands out a
-function to be called in a worker thread and resumes with its result (`Steps`). Between two yields nothing else
-runs: a state change never contains a yield. `run` drives them without an event loop, for tests and the REPL.
+function to be called in a worker thread and resumes with its result (`Steps`). Between two yields nothing
+else runs: a state change never contains a yield. `run` drives them without an event loop.
 """
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import GeneratorType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, Union, cast
 
 from . import errors
 from .nodes import Attr, Inode, Xattrs
@@ -36,7 +36,7 @@ __all__ = [
 
 T = TypeVar("T")
 Steps = Generator[Callable[[], Any], Any, T]
-Maybe = T | Steps[T]
+Maybe = Union[T, Steps[T]]  # noqa: UP007 - mypy takes no bare TypeVar in X | Y
 """A result, or the steps that lead to it."""
 
 ROOT_INODE = Inode(1)
@@ -44,9 +44,9 @@ FOREVER_S = 86400.0
 """How long the kernel may keep what only this process changes."""
 
 
-def run(result: "Maybe[T]") -> T:
+def run(result: Maybe[T]) -> T:
     """Drive steps to their result in this thread."""
-    if type(result) is not GeneratorType:
+    if not isinstance(result, GeneratorType):
         return cast(T, result)
     try:
         call = next(result)
@@ -108,25 +108,25 @@ class FileHandle:
     def __init__(self, node: Node) -> None:
         self.node = node
 
-    def read(self, offset: int, size: int) -> "Maybe[bytes]":
+    def read(self, offset: int, size: int) -> Maybe[bytes]:
         """At most `size` bytes from `offset`; short only at the end of the file."""
         raise errors.NotPermitted("this file cannot be read")
 
-    def write(self, offset: int, data: bytes) -> "Maybe[int]":
+    def write(self, offset: int, data: bytes) -> Maybe[int]:
         raise errors.NotPermitted("this file cannot be written")
 
-    def truncate(self, size: int) -> "Maybe[None]":
+    def truncate(self, size: int) -> Maybe[None]:
         """ftruncate(2) on this handle."""
         raise errors.NotPermitted("this file cannot be written")
 
-    def flush(self) -> "Maybe[None]":
+    def flush(self) -> Maybe[None]:
         """close(2) was called on one of its descriptors; others may follow."""
         return None
 
-    def fsync(self, datasync: bool) -> "Maybe[None]":
+    def fsync(self, datasync: bool) -> Maybe[None]:
         return None
 
-    def close(self) -> "Maybe[None]":
+    def close(self) -> Maybe[None]:
         """The last descriptor is gone. Called once."""
         return None
 
@@ -151,16 +151,24 @@ class Branch:
     absence_timeout_s: ClassVar[float] = 0.0
     """How long the kernel may believe that a name is missing."""
 
+    ready: bool = True
+    """False while the first use of this part still has to open something: `prepare` does it."""
+
+    def prepare(self) -> Steps[None]:
+        """Make the branch ready. May run twice at once; the later one finds the work done."""
+        raise NotImplementedError
+
     # What is there
 
     def attr(self, node: Node) -> Attr:
+        """Attributes; answered without waiting, also while the branch is not ready."""
         raise NotImplementedError
 
-    def lookup(self, node: Node, name: bytes) -> "Maybe[Node]":
+    def lookup(self, node: Node, name: bytes) -> Maybe[Node]:
         """The child `name` ('.' and '..' never come here). Raises NotFound."""
         raise NotImplementedError
 
-    def listing(self, node: Node) -> "Maybe[list[tuple[bytes, Any]]]":
+    def listing(self, node: Node) -> Maybe[list[tuple[bytes, Any]]]:
         """Names in the directory without '.' and '..', each with a token that makes `listed` cheap."""
         raise NotImplementedError
 
@@ -175,10 +183,10 @@ class Branch:
     def readlink(self, node: Node) -> bytes:
         raise errors.BadInput("not a symbolic link")
 
-    def xattrs(self, node: Node) -> "Maybe[Xattrs]":
+    def xattrs(self, node: Node) -> Maybe[Xattrs]:
         return ()
 
-    def xattr(self, node: Node, name: bytes) -> "Maybe[bytes]":
+    def xattr(self, node: Node, name: bytes) -> Maybe[bytes]:
         """Raises NoAttribute."""
         raise errors.NoAttribute("no such attribute")
 
@@ -188,60 +196,59 @@ class Branch:
 
     # Open
 
-    def open(self, node: Node, flags: int, caller: Caller) -> "Maybe[FileHandle]":
+    def open(self, node: Node, flags: int, caller: Caller) -> Maybe[FileHandle]:
         raise errors.ReadOnly("nothing can be opened here")
 
-    def opened_dir(self, node: Node) -> "Maybe[None]":
+    def opened_dir(self, node: Node) -> Maybe[None]:
         """A directory handle was opened; `closed_dir` follows once."""
         return None
 
     def closed_dir(self, node: Node) -> None:
-        return None
+        """See `opened_dir`."""
 
     # Changes
 
-    def setattr(self, node: Node, changes: Changes, caller: Caller) -> "Maybe[None]":
+    def setattr(self, node: Node, changes: Changes, caller: Caller) -> Maybe[None]:
         raise errors.ReadOnly("read-only part of the store")
 
     def create(
         self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
-    ) -> "Maybe[tuple[Node, FileHandle]]":
+    ) -> Maybe[tuple[Node, FileHandle]]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> "Maybe[Node]":
+    def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Maybe[Node]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> "Maybe[Node]":
+    def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> Maybe[Node]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def symlink(self, node: Node, name: bytes, target: bytes, caller: Caller) -> "Maybe[Node]":
+    def symlink(self, node: Node, name: bytes, target: bytes, caller: Caller) -> Maybe[Node]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def link(self, node: Node, new_parent: Node, name: bytes) -> "Maybe[Node]":
+    def link(self, node: Node, new_parent: Node, name: bytes) -> Maybe[Node]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def unlink(self, node: Node, name: bytes) -> "Maybe[None]":
+    def unlink(self, node: Node, name: bytes) -> Maybe[None]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def rmdir(self, node: Node, name: bytes) -> "Maybe[None]":
+    def rmdir(self, node: Node, name: bytes) -> Maybe[None]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> "Maybe[None]":
+    def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> Maybe[None]:
         """Within this branch; `flags` of RENAME_NOREPLACE, RENAME_EXCHANGE."""
         raise errors.ReadOnly("read-only part of the store")
 
-    def set_xattr(self, node: Node, name: bytes, value: bytes) -> "Maybe[None]":
+    def set_xattr(self, node: Node, name: bytes, value: bytes) -> Maybe[None]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def remove_xattr(self, node: Node, name: bytes) -> "Maybe[None]":
+    def remove_xattr(self, node: Node, name: bytes) -> Maybe[None]:
         raise errors.ReadOnly("read-only part of the store")
 
-    def fsync_dir(self, node: Node) -> "Maybe[None]":
+    def fsync_dir(self, node: Node) -> Maybe[None]:
         return None
 
     def forgotten(self, node: Node) -> None:
         """The kernel knows `node` no more."""
-        return None
 
 
 class Inodes:
