@@ -1,0 +1,257 @@
+"""The union: an image's layers, and an upper directory over them, seen as one tree. Pure.
+
+Precedence is written once, in `_fold` for the layers and in `over` for the upper; lookup and listing both go
+through them. The rules are overlayfs's (Documentation/filesystems/overlayfs.rst, "Upper and Lower",
+"whiteouts and opaque directories", "redirect_dir"):
+
+* the topmost layer that has a name decides what it is; a whiteout there means that there is nothing;
+* directories of one name in successive layers merge, down to an opaque one or to something else of that name;
+* an upper directory with a redirect merges with the lower directory at that path instead of the one of its name.
+
+A directory of the image is a `Stack`: the references of its parts, topmost first. Everything else is a stack
+of one. Directories that a layer only implies (its tar has no entry for them) merge like others, but take their
+attributes from the next layer down that has an entry, as unpacking tar over tar gives them.
+
+A hard link to a file of a lower layer is that file: the name leads to the lower reference.
+"""
+
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
+
+from .errors import LayerRefused, StoreDamaged
+from .layer import LayerIndex
+from .nodes import Attr, Xattrs
+
+__all__ = ["Lower", "Merged", "Ref", "Stack", "UpperEntry", "check_lower_links", "over"]
+
+
+class Ref(NamedTuple):
+    """An inode of a layer: layer number (0 is the bottom) and inode number in its index."""
+
+    layer: int
+    ino: int
+
+
+Stack: TypeAlias = tuple[Ref, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpperEntry:
+    """What an upper directory has under a name, as far as precedence goes."""
+
+    is_whiteout: bool = False
+    is_directory: bool = False
+    is_opaque: bool = False
+    redirect: bytes | None = None
+    """overlayfs.rst, redirect_dir: an absolute path in the lower tree, or a name beside the own one."""
+
+
+class Merged(NamedTuple):
+    """What a name leads to: an object of the upper, of the lower, or a directory of both."""
+
+    in_upper: bool
+    lower: Stack
+    """The lower object, or the lower directories merged below an upper one; empty when there are none."""
+
+
+def over(entry: UpperEntry | None, lower: "Lower", parent: Stack, name: bytes) -> Merged | None:
+    """What `name` is in a directory whose upper part has `entry` there and whose lower part is `parent`."""
+    if entry is None:
+        found = lower.lookup(parent, name)
+        return Merged(False, found) if found else None
+    if entry.is_whiteout:
+        return None
+    if not entry.is_directory or entry.is_opaque:
+        return Merged(True, ())
+    if entry.redirect is None:
+        below = lower.lookup(parent, name)
+    elif entry.redirect.startswith(b"/"):
+        below = lower.walk(entry.redirect)
+    else:
+        below = lower.lookup(parent, entry.redirect)
+    return Merged(True, below if lower.is_directory(below) else ())
+
+
+class Lower:
+    """An image's layers as one read-only tree. Layers are given bottom first; there may be none."""
+
+    def __init__(self, layers: Sequence[LayerIndex]) -> None:
+        self.layers = tuple(layers)
+        self.root: Stack = self._roots(len(self.layers))
+        self._link_targets: dict[Ref, Ref] = {}
+        self._links_to: dict[Ref, list[tuple[int, int, bytes]]] | None = None
+        self._paths: dict[Ref, tuple[bytes, ...]] = {}
+        self._subdirectories: dict[Stack, int] = {}
+
+    def _roots(self, count: int) -> Stack:
+        """The merged root of the lowest `count` layers; an opaque root hides what is below it."""
+        roots = []
+        for number in reversed(range(count)):
+            roots.append(Ref(number, LayerIndex.ROOT))
+            if self.layers[number].is_opaque(LayerIndex.ROOT):
+                break
+        return tuple(roots)
+
+    def _fold(self, candidates: Iterable[Ref]) -> Stack:
+        """What one name is, given what each layer that has it says, topmost first. Empty: it is not there."""
+        found: list[Ref] = []
+        for ref in candidates:
+            index = self.layers[ref.layer]
+            if index.is_lower_link(ref.ino):
+                return tuple(found) if found else (self._link_target(ref),)
+            mode = index.mode(ref.ino)
+            if not stat.S_ISDIR(mode):
+                return tuple(found) if found or index.is_whiteout(ref.ino) else (ref,)
+            found.append(ref)
+            if index.is_opaque(ref.ino):
+                break
+        return tuple(found)
+
+    def lookup(self, directory: Stack, name: bytes) -> Stack:
+        """The object called `name`; an empty stack when there is none."""
+        return self._fold(self._candidates(directory, name))
+
+    def _candidates(self, directory: Stack, name: bytes) -> Iterator[Ref]:
+        for layer, ino in directory:
+            child = self.layers[layer].lookup(ino, name)
+            if child is not None:
+                yield Ref(layer, child)
+
+    def listing(self, directory: Stack) -> dict[bytes, Stack]:
+        """Every name of the directory with its object; sorted by name where one layer alone has it."""
+        names: dict[bytes, list[Ref]] = {}
+        for layer, ino in directory:
+            for name, child in self.layers[layer].children(ino):
+                names.setdefault(name, []).append(Ref(layer, child))
+        return {name: stack for name, refs in names.items() if (stack := self._fold(refs))}
+
+    def walk(self, path: bytes) -> Stack:
+        """The object at `path` from the root, no symbolic link followed; empty when there is none."""
+        return self._walk_from(self.root, path)
+
+    def _walk_from(self, stack: Stack, path: bytes) -> Stack:
+        for name in path.split(b"/"):
+            if not name:
+                continue
+            if not self.is_directory(stack):
+                return ()
+            stack = self.lookup(stack, name)
+        return stack
+
+    def is_directory(self, stack: Stack) -> bool:
+        return bool(stack) and stat.S_ISDIR(self.mode(stack))
+
+    def mode(self, stack: Stack) -> int:
+        ref = stack[0]
+        return self.layers[ref.layer].mode(ref.ino)
+
+    def attr(self, stack: Stack) -> Attr:
+        """Attributes as a tree unpacked from the layers would have them, link count included."""
+        ref = self._speaker(stack)
+        attr = self.layers[ref.layer].attr(ref.ino)
+        if stat.S_ISDIR(attr.mode):
+            nlink = attr.nlink if len(stack) == 1 else 2 + self._count_subdirectories(stack)
+        else:
+            nlink = self.nlink(ref, attr.nlink)
+        return attr if nlink == attr.nlink else replace(attr, nlink=nlink)
+
+    def xattrs(self, stack: Stack) -> Xattrs:
+        ref = self._speaker(stack)
+        return self.layers[ref.layer].xattrs(ref.ino)
+
+    def target(self, stack: Stack) -> bytes:
+        """What a symbolic link says."""
+        ref = stack[0]
+        return self.layers[ref.layer].target(ref.ino)
+
+    def _speaker(self, stack: Stack) -> Ref:
+        """The part of a directory whose attributes count: the topmost that its layer's tar has an entry for."""
+        for ref in stack:
+            if not self.layers[ref.layer].is_implicit(ref.ino):
+                return ref
+        return stack[0]
+
+    def _count_subdirectories(self, stack: Stack) -> int:
+        count = self._subdirectories.get(stack)
+        if count is None:
+            count = sum(self.is_directory(child) for child in self.listing(stack).values())
+            self._subdirectories[stack] = count
+        return count
+
+    # Hard links
+
+    def nlink(self, ref: Ref, own: int) -> int:
+        """How many names of the merged tree lead to the non-directory `ref`; its layer alone has `own`."""
+        if own == 1 and ref not in self._lower_links():
+            return 1
+        return max(1, len(self.paths(ref)))
+
+    def paths(self, ref: Ref) -> tuple[bytes, ...]:
+        """Every path of the merged tree, without a leading slash, that leads to the non-directory `ref`."""
+        known = self._paths.get(ref)
+        if known is None:
+            index = self.layers[ref.layer]
+            names = [(ref.layer, directory, name) for directory, name in index.names(ref.ino)]
+            names += self._lower_links().get(ref, [])
+            paths = (self._path_of(layer, directory, name) for layer, directory, name in names)
+            known = self._paths[ref] = tuple(path for path in paths if self.walk(path) == (ref,))
+        return known
+
+    def directory_path(self, stack: Stack) -> bytes:
+        """The path in the image, without a leading slash, of a directory of it."""
+        layer, ino = stack[0]
+        if ino == LayerIndex.ROOT:
+            return b""
+        return self._path_of(layer, *self.layers[layer].parent(ino))
+
+    def _path_of(self, layer: int, directory: int, name: bytes) -> bytes:
+        index = self.layers[layer]
+        components = [name]
+        while directory != LayerIndex.ROOT:
+            directory, name = index.parent(directory)
+            components.append(name)
+        return b"/".join(reversed(components))
+
+    def _link_target(self, link: Ref) -> Ref:
+        target = self._link_targets.get(link)
+        if target is None:
+            found = self._resolve_link(link)
+            if not found or self.is_directory(found):
+                path = self.layers[link.layer].target(link.ino)
+                raise StoreDamaged(f"hard link of layer {link.layer} leads to no file: {path!r}; import the image again")
+            target = self._link_targets[link] = found[0]
+        return target
+
+    def _resolve_link(self, link: Ref) -> Stack:
+        """What a hard link to a lower layer's file names in the layers below its own."""
+        return self._walk_from(self._roots(link.layer), self.layers[link.layer].target(link.ino))
+
+    def _lower_links(self) -> dict[Ref, list[tuple[int, int, bytes]]]:
+        """For each file that upper layers link to: (layer, directory, name) of those links."""
+        if self._links_to is None:
+            links: dict[Ref, list[tuple[int, int, bytes]]] = {}
+            for number, index in enumerate(self.layers):
+                for directory, name, _ in index.lower_links:
+                    child = index.lookup(directory, name)
+                    if child is not None:
+                        target = self._link_target(Ref(number, child))
+                        links.setdefault(target, []).append((number, directory, name))
+            self._links_to = links
+        return self._links_to
+
+
+def check_lower_links(layers: Sequence[LayerIndex]) -> None:
+    """Raises LayerRefused when a hard link of a layer leads to nothing, or to a directory, below it."""
+    lower = Lower(layers)
+    for number, index in enumerate(layers):
+        for directory, name, target in index.lower_links:
+            child = index.lookup(directory, name)
+            if child is None:
+                continue
+            found = lower._resolve_link(Ref(number, child))
+            if not lower.is_directory(found) and found:
+                continue
+            what = "a directory" if found else "nothing"
+            raise LayerRefused(f"layer {number}: hard link {name!r} leads to {what}: {target!r}")
