@@ -5,12 +5,12 @@ through them. The rules are overlayfs's (Documentation/filesystems/overlayfs.rst
 "whiteouts and opaque directories", "redirect_dir"):
 
 * the topmost layer that has a name decides what it is; a whiteout there means that there is nothing;
-* directories of one name in successive layers merge, down to an opaque one or to something else of that name;
-* an upper directory with a redirect merges with the lower directory at that path instead of the one of its name.
+* directories of one name in successive layers merge, down to an opaque one or to something else;
+* an upper directory with a redirect merges with the lower directory at that path, not the one of its name.
 
 A directory of the image is a `Stack`: the references of its parts, topmost first. Everything else is a stack
-of one. Directories that a layer only implies (its tar has no entry for them) merge like others, but take their
-attributes from the next layer down that has an entry, as unpacking tar over tar gives them.
+of one. Directories that a layer only implies (its tar has no entry for them) merge like others, but take
+their attributes from the next layer down that has an entry, as unpacking tar over tar gives them.
 
 A hard link to a file of a lower layer is that file: the name leads to the lower reference.
 """
@@ -81,7 +81,7 @@ class Lower:
         self.layers = tuple(layers)
         self.root: Stack = self._roots(len(self.layers))
         self._link_targets: dict[Ref, Ref] = {}
-        self._links_to: dict[Ref, list[tuple[int, int, bytes]]] | None = None
+        self._links_to: dict[Ref, set[bytes]] | None = None
         self._paths: dict[Ref, tuple[bytes, ...]] = {}
         self._subdirectories: dict[Stack, int] = {}
 
@@ -167,7 +167,7 @@ class Lower:
         return self.layers[ref.layer].target(ref.ino)
 
     def _speaker(self, stack: Stack) -> Ref:
-        """The part of a directory whose attributes count: the topmost that its layer's tar has an entry for."""
+        """The part of a directory whose attributes count: the topmost with an entry in its layer's tar."""
         for ref in stack:
             if not self.layers[ref.layer].is_implicit(ref.ino):
                 return ref
@@ -192,11 +192,11 @@ class Lower:
         """Every path of the merged tree, without a leading slash, that leads to the non-directory `ref`."""
         known = self._paths.get(ref)
         if known is None:
-            index = self.layers[ref.layer]
-            names = [(ref.layer, directory, name) for directory, name in index.names(ref.ino)]
-            names += self._lower_links().get(ref, [])
-            paths = (self._path_of(layer, directory, name) for layer, directory, name in names)
-            known = self._paths[ref] = tuple(path for path in paths if self.walk(path) == (ref,))
+            names = self.layers[ref.layer].names(ref.ino)
+            candidates = {self._path_of(ref.layer, directory, name) for directory, name in names}
+            candidates |= self._lower_links().get(ref, set())
+            known = tuple(sorted(path for path in candidates if self.walk(path) == (ref,)))
+            self._paths[ref] = known
         return known
 
     def directory_path(self, stack: Stack) -> bytes:
@@ -220,7 +220,7 @@ class Lower:
             found = self._resolve_link(link)
             if not found or self.is_directory(found):
                 path = self.layers[link.layer].target(link.ino)
-                raise StoreDamaged(f"hard link of layer {link.layer} leads to no file: {path!r}; import the image again")
+                raise StoreDamaged(f"layer {link.layer}: hard link to no file: {path!r}; import the image again")
             target = self._link_targets[link] = found[0]
         return target
 
@@ -228,16 +228,20 @@ class Lower:
         """What a hard link to a lower layer's file names in the layers below its own."""
         return self._walk_from(self._roots(link.layer), self.layers[link.layer].target(link.ino))
 
-    def _lower_links(self) -> dict[Ref, list[tuple[int, int, bytes]]]:
-        """For each file that upper layers link to: (layer, directory, name) of those links."""
+    def _lower_links(self) -> dict[Ref, set[bytes]]:
+        """For each file that a layer above links to: the paths of those links, and those they name.
+
+        The latter since an index keeps the names of its own hard-linked files only: for a file with one name
+        in its layer, that name is what some link calls its target.
+        """
         if self._links_to is None:
-            links: dict[Ref, list[tuple[int, int, bytes]]] = {}
+            links: dict[Ref, set[bytes]] = {}
             for number, index in enumerate(self.layers):
-                for directory, name, _ in index.lower_links:
+                for directory, name, target in index.lower_links:
                     child = index.lookup(directory, name)
                     if child is not None:
-                        target = self._link_target(Ref(number, child))
-                        links.setdefault(target, []).append((number, directory, name))
+                        paths = links.setdefault(self._link_target(Ref(number, child)), set())
+                        paths |= {self._path_of(number, directory, name), target}
             self._links_to = links
         return self._links_to
 
