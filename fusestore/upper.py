@@ -1,0 +1,500 @@
+"""One container's writable layer: its diff/ directory, in overlayfs's own format. Blocking.
+
+Every object is named by a descriptor of it (O_PATH) or by a descriptor of its directory and its name: no path
+is ever built, so depth and renames do not matter, and no symbolic link is followed. What cannot be done with an
+O_PATH descriptor goes through /proc/self/fd, which leads to the object itself, a symbolic link included.
+
+The format (fs/overlayfs/, overlayfs.rst): a whiteout is a character device 0:0; an opaque directory has the
+xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``; xattrs of the user's that begin with that
+prefix are stored with it twice ("escaped"). Two schemes:
+
+* NATIVE, where the process may chown, mknod and set trusted.*: the prefix is ``trusted.overlay.``.
+* PLAIN, for everybody else: ``user.overlay.`` (what the kernel reads with userxattr). Owner, mode, type and
+  device number, where the file cannot have them, are in the xattr ``user.fusestore.stat``, the file itself
+  keeping what its owner needs to work with it; other xattrs that may not be set have the prefix
+  ``user.fusestore.xattr.``. Symbolic links, FIFOs and sockets cannot carry user.* xattrs: there owners are
+  the process's own, and changing them is refused.
+
+What must appear whole is made in the scratch directory and renamed into place.
+"""
+
+import contextlib
+import enum
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from .errors import NoAttribute, NotPermitted, StoreDamaged
+from .nodes import WHITEOUT_RDEV, Attr, Xattrs
+from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
+from .union import UpperEntry
+
+__all__ = ["Found", "Scheme", "Upper", "find_scheme"]
+
+_STAT = b"user.fusestore.stat"
+_FOREIGN = b"user.fusestore.xattr."
+_OWN = b"user.fusestore."
+_PERMISSIONS = 0o7777
+
+
+class Scheme(enum.Enum):
+    """How an upper directory says what its file system may not let this process say."""
+
+    NATIVE = b"trusted.overlay."
+    PLAIN = b"user.overlay."
+
+
+class Found(NamedTuple):
+    """An entry of an upper directory."""
+
+    entry: UpperEntry
+    ino: int
+    """Its inode number in the file system below."""
+    format: int
+    """S_IFMT bits, as the user is to see them."""
+
+
+_WHITEOUT_ENTRY = UpperEntry(is_whiteout=True)
+_PLAIN_ENTRY = UpperEntry()
+_OTHER_OWNER = 65534
+"""Any owner that is not the process's own will do to try out chown."""
+
+
+def find_scheme(scratch: int) -> Scheme:
+    """Try in the directory `scratch` what the native scheme needs."""
+    name = b".scheme"
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=scratch)
+    try:
+        os.fchown(fd, _OTHER_OWNER, _OTHER_OWNER)
+        os.setxattr(fd, Scheme.NATIVE.value + b"opaque", b"n")
+        os.mknod(name + b"-device", stat.S_IFCHR | 0o600, os.makedev(1, 3), dir_fd=scratch)
+        os.unlink(name + b"-device", dir_fd=scratch)
+    except OSError:
+        return Scheme.PLAIN
+    finally:
+        os.close(fd)
+        os.unlink(name, dir_fd=scratch)
+    return Scheme.NATIVE
+
+
+def _proc(fd: int) -> bytes:
+    """A path that leads to what `fd` stands for, itself not followed when it is a symbolic link."""
+    return b"/proc/self/fd/%d" % fd
+
+
+class Upper:
+    """The upper directory at `root`, a descriptor that stays the caller's, as `scratch` does.
+
+    Not thread-safe but for `stage` and what works on its result.
+    """
+
+    def __init__(self, root: int, scratch: int, scheme: Scheme) -> None:
+        self.root = root
+        self.scheme = scheme
+        self._scratch = scratch
+        self._prefix = scheme.value
+        self._is_plain = scheme is Scheme.PLAIN
+        self._serial = 0
+        self._whiteout: bytes | None = None
+
+    # Looking
+
+    def find(self, directory: int, name: bytes) -> Found | None:
+        """The entry `name` of a directory; None when there is none."""
+        try:
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        mode = status.st_mode
+        if stat.S_ISCHR(mode) and status.st_rdev == WHITEOUT_RDEV:
+            return Found(_WHITEOUT_ENTRY, status.st_ino, stat.S_IFCHR)
+        path = b"%b/%b" % (_proc(directory), name)
+        if stat.S_ISDIR(mode):
+            opaque = _getxattr(path, self._prefix + b"opaque") == b"y"
+            redirect = _getxattr(path, self._prefix + b"redirect")
+            return Found(UpperEntry(is_directory=True, is_opaque=opaque, redirect=redirect), status.st_ino, stat.S_IFDIR)
+        if self._is_plain and stat.S_ISREG(mode):
+            mode = self._recorded(path, status)[0]
+        return Found(_PLAIN_ENTRY, status.st_ino, stat.S_IFMT(mode))
+
+    def listing(self, directory: int) -> list[tuple[bytes, Found]]:
+        """All entries, whiteouts included, in the order of the file system below."""
+        with os.scandir(_proc(directory)) as entries:
+            names = [(entry.name, entry) for entry in entries]
+        found = []
+        for name, entry in names:
+            if entry.is_file(follow_symlinks=False) and not self._is_plain:
+                found.append((name, Found(_PLAIN_ENTRY, entry.inode(), stat.S_IFREG)))
+            elif entry.is_symlink():
+                found.append((name, Found(_PLAIN_ENTRY, entry.inode(), stat.S_IFLNK)))
+            elif (this := self.find(directory, name)) is not None:
+                found.append((name, this))
+        return found
+
+    def open(self, directory: int, name: bytes) -> int:
+        """An O_PATH descriptor, the caller's to close."""
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+
+    def reopen(self, fd: int, flags: int) -> int:
+        """A descriptor for reading or writing the regular file `fd`, the caller's to close."""
+        return os.open(_proc(fd), flags | os.O_CLOEXEC | os.O_NOCTTY)
+
+    def attr(self, fd: int) -> Attr:
+        """Attributes of `fd`; a directory's link count is the upper's own, not the union's."""
+        status = os.fstat(fd)
+        mode, uid, gid, rdev = status.st_mode, status.st_uid, status.st_gid, status.st_rdev
+        if self._is_plain and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            mode, uid, gid, rdev = self._recorded(_proc(fd), status)
+        return Attr(
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            size=status.st_size if stat.S_ISREG(mode) or not stat.S_ISREG(status.st_mode) else 0,
+            rdev=rdev,
+            nlink=status.st_nlink,
+            blocks=status.st_blocks,
+            atime_ns=status.st_atime_ns,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+        )
+
+    def readlink(self, fd: int) -> bytes:
+        return os.readlink(b"", dir_fd=fd)
+
+    def xattrs(self, fd: int) -> Xattrs:
+        """The user's attributes, by the names the user knows."""
+        path = _proc(fd)
+        shown = ((name, self._shown_name(name)) for name in map(os.fsencode, os.listxattr(path)))
+        return tuple((seen, os.getxattr(path, stored)) for stored, seen in shown if seen is not None)
+
+    def xattr(self, fd: int, name: bytes) -> bytes:
+        """Raises NoAttribute."""
+        value = _getxattr(_proc(fd), self._stored_name(name))
+        if value is None:
+            raise NoAttribute("no such attribute")
+        return value
+
+    # Attributes
+
+    def chmod(self, fd: int, mode: int) -> None:
+        if self._is_plain:
+            attr = self.attr(fd)
+            self._record(fd, stat.S_IFMT(attr.mode) | mode & _PERMISSIONS, attr.uid, attr.gid, attr.rdev)
+        else:
+            os.chmod(_proc(fd), mode & _PERMISSIONS)
+
+    def chown(self, fd: int, uid: int, gid: int) -> None:
+        """-1 leaves one as it is."""
+        if self._is_plain:
+            attr = self.attr(fd)
+            wanted = (attr.uid if uid == -1 else uid, attr.gid if gid == -1 else gid)
+            if wanted != (attr.uid, attr.gid):
+                self._record(fd, attr.mode, *wanted, attr.rdev)
+        else:
+            os.chown(_proc(fd), uid, gid)
+
+    def utimens(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """None leaves one as it is."""
+        status = os.fstat(fd)
+        atime_ns = status.st_atime_ns if atime_ns is None else atime_ns
+        mtime_ns = status.st_mtime_ns if mtime_ns is None else mtime_ns
+        os.utime(_proc(fd), ns=(atime_ns, mtime_ns))
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.truncate(_proc(fd), size)
+
+    def set_xattr(self, fd: int, name: bytes, value: bytes) -> None:
+        os.setxattr(_proc(fd), self._stored_name(name), value)
+
+    def remove_xattr(self, fd: int, name: bytes) -> None:
+        """Raises NoAttribute."""
+        try:
+            os.removexattr(_proc(fd), self._stored_name(name))
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                raise NoAttribute("no such attribute") from None
+            raise
+
+    def set_opaque(self, fd: int) -> None:
+        """The directory hides what the layers have under its name."""
+        os.setxattr(_proc(fd), self._prefix + b"opaque", b"y")
+
+    def set_redirect(self, fd: int, path: bytes) -> None:
+        """The directory merges with the lower one at `path`, which is absolute in the image."""
+        os.setxattr(_proc(fd), self._prefix + b"redirect", path)
+
+    # Making, in place
+
+    def make_file(self, directory: int, name: bytes, mode: int, uid: int, gid: int, replaces: bool) -> int:
+        """Create a regular file and open it read-write; `replaces` a whiteout of that name when told so."""
+        home, temporary = (self._scratch, self._temporary()) if replaces else (directory, name)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(temporary, flags, 0o600, dir_fd=home)
+        try:
+            self._dress(fd, stat.S_IFREG | mode & _PERMISSIONS, uid, gid, 0)
+            if replaces:
+                renameat2(home, temporary, directory, name)
+        except BaseException:
+            os.close(fd)
+            os.unlink(temporary, dir_fd=home)
+            raise
+        return fd
+
+    def make_directory(
+        self, directory: int, name: bytes, mode: int, uid: int, gid: int, replaces: bool
+    ) -> None:
+        """Create a directory; one that `replaces` a whiteout is opaque, for the whiteout hid a lower one."""
+        temporary = self._temporary()
+        os.mkdir(temporary, 0o700, dir_fd=self._scratch)
+        try:
+            with self._opened(self._scratch, temporary) as fd:
+                self._dress(fd, stat.S_IFDIR | mode & _PERMISSIONS, uid, gid, 0)
+                if replaces:
+                    self.set_opaque(fd)
+            if replaces:
+                renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
+                os.unlink(temporary, dir_fd=self._scratch)
+            else:
+                renameat2(self._scratch, temporary, directory, name, RENAME_NOREPLACE)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rmdir(temporary, dir_fd=self._scratch)
+            raise
+
+    def make_node(
+        self, directory: int, name: bytes, mode: int, rdev: int, uid: int, gid: int, replaces: bool
+    ) -> None:
+        """Create a device, FIFO, socket or (mknod's other use) an empty regular file."""
+        temporary = self._temporary()
+        real = mode if not self._is_plain or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else stat.S_IFREG
+        os.mknod(temporary, stat.S_IFMT(real) | 0o600, rdev if real == mode else 0, dir_fd=self._scratch)
+        self._settle(temporary, mode, uid, gid, rdev, directory, name, replaces)
+
+    def make_symlink(
+        self, directory: int, name: bytes, target: bytes, uid: int, gid: int, replaces: bool
+    ) -> None:
+        temporary = self._temporary()
+        os.symlink(target, temporary, dir_fd=self._scratch)
+        self._settle(temporary, stat.S_IFLNK | 0o777, uid, gid, 0, directory, name, replaces)
+
+    def link(self, fd: int, directory: int, name: bytes, replaces: bool) -> None:
+        """One more name for the object `fd`."""
+        home, temporary = (self._scratch, self._temporary()) if replaces else (directory, name)
+        os.link(_proc(fd), temporary, dst_dir_fd=home, follow_symlinks=True)
+        if replaces:
+            renameat2(home, temporary, directory, name)
+
+    def _settle(
+        self, temporary: bytes, mode: int, uid: int, gid: int, rdev: int, directory: int, name: bytes, replaces: bool
+    ) -> None:
+        try:
+            with self._opened(self._scratch, temporary) as fd:
+                self._dress(fd, mode, uid, gid, rdev)
+            renameat2(self._scratch, temporary, directory, name, 0 if replaces else RENAME_NOREPLACE)
+        except BaseException:
+            os.unlink(temporary, dir_fd=self._scratch)
+            raise
+
+    # Taking away
+
+    def remove(self, directory: int, name: bytes) -> None:
+        """Unlink a non-directory that no layer has below."""
+        os.unlink(name, dir_fd=directory)
+
+    def remove_directory(self, directory: int, name: bytes, leave_whiteout: bool) -> None:
+        """Remove a directory in which at most whiteouts are left. In no crash does what they hide come back."""
+        with self._opened(directory, name) as fd:
+            self.clear_whiteouts(fd)
+        if leave_whiteout:
+            temporary = self._link_whiteout()
+            renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
+            os.rmdir(temporary, dir_fd=self._scratch)
+        else:
+            os.rmdir(name, dir_fd=directory)
+
+    def clear_whiteouts(self, fd: int) -> None:
+        """Empty a directory that shows nothing: opaque first, so that the whiteouts are no longer needed."""
+        names = [name for name, found in self.listing(fd) if found.entry.is_whiteout]
+        if names:
+            self.set_opaque(fd)
+        for name in names:
+            os.unlink(name, dir_fd=fd)
+
+    def put_whiteout(self, directory: int, name: bytes, replaces: bool) -> None:
+        """Hide a lower name; `replaces` an upper non-directory of that name in the same step."""
+        temporary = self._link_whiteout()
+        renameat2(self._scratch, temporary, directory, name, 0 if replaces else RENAME_NOREPLACE)
+
+    def _link_whiteout(self) -> bytes:
+        """A whiteout in the scratch directory. All are links of one inode, as the kernel's are."""
+        temporary = self._temporary()
+        if self._whiteout is not None:
+            try:
+                os.link(self._whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
+                return temporary
+            except OSError as error:
+                if error.errno not in (errno.EMLINK, errno.EPERM):
+                    raise
+                os.unlink(self._whiteout, dir_fd=self._scratch)
+        self._whiteout = self._temporary()
+        os.mknod(self._whiteout, stat.S_IFCHR, WHITEOUT_RDEV, dir_fd=self._scratch)
+        os.link(self._whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
+        return temporary
+
+    # Moving
+
+    def move(
+        self, directory: int, name: bytes, new_directory: int, new_name: bytes, leave_whiteout: bool, over_whiteout: bool
+    ) -> None:
+        """rename(2) within the upper, in one step; a whiteout stays behind where a layer has the old name."""
+        if over_whiteout:
+            # A directory cannot be renamed over a device: they change places, and the whiteout stays or goes.
+            renameat2(directory, name, new_directory, new_name, RENAME_EXCHANGE)
+            if not leave_whiteout:
+                os.unlink(name, dir_fd=directory)
+        else:
+            renameat2(directory, name, new_directory, new_name, RENAME_WHITEOUT if leave_whiteout else 0)
+
+    def exchange(self, directory: int, name: bytes, other_directory: int, other_name: bytes) -> None:
+        renameat2(directory, name, other_directory, other_name, RENAME_EXCHANGE)
+
+    # Copy-up
+
+    def stage(self, name: bytes) -> int:
+        """An empty file `name` in the scratch directory, open read-write, the caller's to close."""
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._scratch)
+
+    def stage_name(self) -> bytes:
+        """A name no staged object has."""
+        return self._temporary()
+
+    def unstage(self, name: bytes) -> None:
+        os.unlink(name, dir_fd=self._scratch)
+
+    def dress_copy(self, fd: int, attr: Attr, xattrs: Xattrs) -> None:
+        """Give a staged file the attributes of what it is a copy of, times last."""
+        self._dress(fd, attr.mode, attr.uid, attr.gid, attr.rdev)
+        for name, value in xattrs:
+            os.setxattr(_proc(fd), self._stored_name(name), value)
+        os.utime(_proc(fd), ns=(attr.atime_ns, attr.mtime_ns))
+
+    def publish(self, staged: bytes, directory: int, name: bytes) -> None:
+        """The staged object appears as `name`, which no entry of the upper has."""
+        renameat2(self._scratch, staged, directory, name, RENAME_NOREPLACE)
+
+    def copy_directory(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs) -> None:
+        """An upper part for a lower directory."""
+        self._copy(directory, name, attr, xattrs, None)
+
+    def copy_special(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None) -> None:
+        """A copy of a lower symbolic link (to `target`), device, FIFO or socket."""
+        self._copy(directory, name, attr, xattrs, target)
+
+    def _copy(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None) -> None:
+        staged = self._temporary()
+        if target is not None:
+            os.symlink(target, staged, dir_fd=self._scratch)
+        elif stat.S_ISDIR(attr.mode):
+            os.mkdir(staged, 0o700, dir_fd=self._scratch)
+        else:
+            real = self._real_format(attr.mode)
+            os.mknod(staged, real | 0o600, 0 if real == stat.S_IFREG else attr.rdev, dir_fd=self._scratch)
+        try:
+            with self._opened(self._scratch, staged) as fd:
+                self.dress_copy(fd, attr, xattrs)
+            self.publish(staged, directory, name)
+        except BaseException:
+            (os.rmdir if stat.S_ISDIR(attr.mode) else os.unlink)(staged, dir_fd=self._scratch)
+            raise
+
+    # How things are stored
+
+    def _real_format(self, mode: int) -> int:
+        """The type a file system object gets: a plain user's devices are regular files with a record."""
+        device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+        return stat.S_IFREG if self._is_plain and device else stat.S_IFMT(mode)
+
+    def _dress(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
+        """Give a new object owner and mode."""
+        if self._is_plain:
+            with contextlib.suppress(NotPermitted):  # links, FIFOs and sockets stay the process's own
+                self._record(fd, mode, uid, gid, rdev)
+            return
+        os.chown(_proc(fd), uid, gid)
+        if not stat.S_ISLNK(mode):
+            os.chmod(_proc(fd), mode & _PERMISSIONS)
+
+    def _record(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
+        """PLAIN: make mode, owner and device what is asked, in the file where it can be, else in its record."""
+        status = os.fstat(fd)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            if (uid, gid) != (status.st_uid, status.st_gid):
+                raise NotPermitted("a plain user's store cannot keep owners of links, FIFOs and sockets")
+            if not stat.S_ISLNK(mode):
+                os.chmod(_proc(fd), mode & 0o777)
+            return
+        needed = 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
+        real = mode & 0o777 | needed
+        if stat.S_IMODE(status.st_mode) != real:
+            os.chmod(_proc(fd), real)
+        wanted = (mode, uid, gid, rdev)
+        if wanted == (stat.S_IFMT(status.st_mode) | real, status.st_uid, status.st_gid, 0):
+            with contextlib.suppress(OSError):
+                os.removexattr(_proc(fd), _STAT)
+        else:
+            os.setxattr(_proc(fd), _STAT, b"%o:%d:%d:%d" % wanted)
+
+    def _recorded(self, path: bytes, status: os.stat_result) -> tuple[int, int, int, int]:
+        """PLAIN: mode, uid, gid and rdev to show for a regular file or directory."""
+        record = _getxattr(path, _STAT)
+        if record is None:
+            return status.st_mode, status.st_uid, status.st_gid, status.st_rdev
+        try:
+            mode, uid, gid, rdev = record.split(b":")
+            return int(mode, 8), int(uid), int(gid), int(rdev)
+        except ValueError:
+            raise StoreDamaged(f"xattr user.fusestore.stat reads {record!r}: remove it from the file") from None
+
+    def _stored_name(self, name: bytes) -> bytes:
+        if name.startswith(self._prefix):
+            return self._prefix + b"overlay." + name[len(self._prefix) :]
+        if self._is_plain:
+            if name.startswith(_OWN):
+                raise NotPermitted("xattrs user.fusestore.* are the store's own")
+            if not name.startswith(b"user."):
+                return _FOREIGN + name
+        return name
+
+    def _shown_name(self, stored: bytes) -> bytes | None:
+        """The inverse of `_stored_name`; None for what is not the user's to see."""
+        if stored.startswith(self._prefix):
+            rest = stored[len(self._prefix) :]
+            return self._prefix + rest[8:] if rest.startswith(b"overlay.") else None
+        if self._is_plain:
+            if stored.startswith(_FOREIGN):
+                return stored[len(_FOREIGN) :]
+            if stored.startswith(_OWN) or not stored.startswith(b"user."):
+                return None
+        return stored
+
+    def _temporary(self) -> bytes:
+        self._serial += 1
+        return b"%x-%x" % (id(self), self._serial)
+
+    @contextlib.contextmanager
+    def _opened(self, directory: int, name: bytes):  # type: ignore[no-untyped-def]
+        fd = self.open(directory, name)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _getxattr(path: bytes, name: bytes) -> bytes | None:
+    try:
+        return os.getxattr(path, name)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
+            return None
+        raise
