@@ -1,0 +1,399 @@
+"""Changes on disk that survive a crash whole or not at all. Blocking.
+
+Every change of the store goes through a `Workspace`: temp → fsync → rename → fsync of the directory; removal
+is a rename into the trash. After a crash or a power cut the old state or the new one is there, and at worst
+rubbish in tmp/ and trash/.
+
+The rule a maintainer must not break: every system call here that changes the disk is made by `Disk`, through
+the module's `disk`, so that tests can stop at each of them; and nothing is renamed into place before it was
+synced.
+
+A thing in tmp/ is flocked (shared) by its maker for as long as it is worked on; what can be locked
+exclusively has no maker any more. Between making and locking there is a gap: so after locking the maker looks
+whether the thing is still in its place, and makes another if not.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Iterator
+
+from .errors import Busy, StoreUnusable
+
+__all__ = ["Disk", "Scratch", "Workspace", "disk", "lock_directory", "open_beneath", "read_file", "sync_tree"]
+
+LOCK_TIMEOUT_S = 60.0
+"""How long an operation waits for the store's names: they are held for a few renames, never while data is
+copied."""
+
+_LOCK_POLL_MAX_S = 0.02
+
+
+class Disk:
+    """The primitives that change a disk. A test puts a subclass in place of `disk` to stop or fail at any of
+    them."""
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def mkdir(self, path: str, mode: int) -> None:
+        os.mkdir(path, mode)
+
+    def create(self, path: str, mode: int) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+    def symlink(self, target: str, path: str) -> None:
+        os.symlink(target, path)
+
+    def rename(self, source: str, target: str) -> None:
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
+
+disk = Disk()
+
+
+def read_file(path: str, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises OSError, EFBIG if it is larger."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        chunks = []
+        while limit >= 0 and (chunk := file.read(min(limit + 1, 1 << 20))):
+            chunks.append(chunk)
+            limit -= len(chunk)
+    if limit < 0:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+    return b"".join(chunks)
+
+
+def open_beneath(path: str) -> int:
+    """A descriptor of a directory, for locking it or syncing it. A symlink is not followed."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def lock_directory(path: str, operation: int) -> int | None:
+    """flock(2) on the directory at `path`: a descriptor that holds the lock until it is closed.
+
+    None if the directory is gone. Raises BlockingIOError if `operation` has LOCK_NB and the lock is taken.
+    The lock is on what is at `path` now, not on what was renamed away meanwhile.
+    """
+    while True:
+        try:
+            fd = open_beneath(path)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, operation)
+            if _is_at(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    held = os.fstat(fd)
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[disk.write(fd, rest) :]
+
+
+def _sync_directory(path: str) -> None:
+    fd = open_beneath(path)
+    try:
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(path: str) -> None:
+    """fsync of every regular file and directory below `path`, and of itself, children first."""
+    for directory, _, files in os.walk(path, topdown=False):
+        for name in files:
+            fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                disk.fsync(fd)
+            finally:
+                os.close(fd)
+        _sync_directory(directory)
+
+
+def _unique() -> str:
+    return secrets.token_hex(12)
+
+
+class Scratch:
+    """A private directory in tmp/. `close()` removes it with all it still holds; a crash leaves it for the
+    next open.
+
+    `fd` is a descriptor of the directory, `path` its path: on the same filesystem as everything in the store.
+    Not thread-safe beyond what the filesystem is.
+    """
+
+    def __init__(self, path: str, fd: int, trash: str) -> None:
+        self.path = path
+        self.fd = fd
+        self._trash = trash
+
+    def join(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def write(self, path: str, data: bytes) -> None:
+        """A new file at `path`, inside the directory, content synced. Its directory entry is not: see
+        `sync_tree`."""
+        fd = disk.create(path, 0o600)
+        try:
+            _write_all(fd, data)
+            disk.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self.fd < 0:
+            return
+        try:
+            try:
+                disk.rmdir(self.path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                _remove(self.path, self._trash)
+        finally:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> "Scratch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _remove(path: str, trash: str) -> None:
+    """Removes what is at `path`, now, deleting through the trash."""
+    target = f"{trash}/{_unique()}"
+    disk.rename(path, target)
+    _delete(target, trash)
+
+
+def _delete(entry: str, trash: str) -> None:
+    """Deletes `entry`, in `trash`. Directories in it are moved up first: no recursion, however deep, no long
+    paths.
+
+    Another process may be deleting the same.
+    """
+    pending = [entry]
+    while pending:
+        path = pending.pop()
+        try:
+            _delete_one(path, trash, pending)
+        except FileNotFoundError:
+            continue
+
+
+def _delete_one(path: str, trash: str, pending: list[str]) -> None:
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        disk.unlink(path)
+        return
+    if found.st_uid == os.geteuid() and found.st_mode & 0o700 != 0o700:
+        os.chmod(path, 0o700)
+    with os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    # A directory that changes its parent must be writable itself, unless one is root.
+                    if os.geteuid() != 0:
+                        os.chmod(entry.path, 0o700)
+                    target = f"{trash}/{_unique()}"
+                    disk.rename(entry.path, target)
+                    pending.append(target)
+                else:
+                    disk.unlink(entry.path)
+    disk.rmdir(path)
+
+
+class Workspace:
+    """Where changes of one store are made: its tmp/, its trash/, its lock. Thread-safe."""
+
+    def __init__(self, *, tmp: str, trash: str, lock: str) -> None:
+        self._tmp = tmp
+        self._trash = trash
+        self._lock_path = lock
+        self._threads = threading.Lock()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """The right to change the store's names: index.json, names/, what is in containers/, blobs/, layers/,
+        images/.
+
+        Held by one thread of one process; not reentrant. Raises Busy after `LOCK_TIMEOUT_S`.
+        """
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        if not self._threads.acquire(timeout=LOCK_TIMEOUT_S):
+            raise self._busy()
+        try:
+            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self._flock(fd, deadline)
+                yield
+            finally:
+                os.close(fd)
+        finally:
+            self._threads.release()
+
+    def _flock(self, fd: int, deadline: float) -> None:
+        pause = 0.0005
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise self._busy() from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LOCK_POLL_MAX_S)
+
+    def _busy(self) -> Busy:
+        held = f"another process has held {self._lock_path} for {LOCK_TIMEOUT_S:.0f} s"
+        return Busy(f"{held}: wait for it, or end it")
+
+    def scratch(self) -> Scratch:
+        """A new private directory, 0700; the caller closes it."""
+        while True:
+            path = f"{self._tmp}/{_unique()}"
+            disk.mkdir(path, 0o700)
+            fd = lock_directory(path, fcntl.LOCK_SH)
+            if fd is not None:
+                return Scratch(path, fd, self._trash)
+
+    def write_file(self, path: str, data: bytes) -> None:
+        """Makes `data` the content of `path`: readers see the old content or the new. Mode 0600.
+
+        The mtime is the clock's, to the nanosecond: with the inode number it tells two versions apart, which
+        the kernel's own timestamps, as coarse as its tick, would not.
+        """
+        fd, temp = self._temporary()
+        try:
+            try:
+                _write_all(fd, data)
+                now = time.time_ns()
+                os.utime(fd, ns=(now, now))
+                disk.fsync(fd)
+                disk.rename(temp, path)
+            except OSError:
+                disk.unlink(temp)
+                raise
+        finally:
+            os.close(fd)
+        _sync_directory(os.path.dirname(path))
+
+    def _temporary(self) -> tuple[int, str]:
+        while True:
+            path = f"{self._tmp}/{_unique()}"
+            fd = disk.create(path, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            if os.fstat(fd).st_nlink:
+                return fd, path
+            os.close(fd)
+
+    def publish(self, *moves: tuple[str, str]) -> None:
+        """Renames synced things into their places, in order, then syncs the directories they are in now."""
+        for source, target in moves:
+            disk.rename(source, target)
+        for directory in dict.fromkeys(os.path.dirname(target) for _, target in moves):
+            _sync_directory(directory)
+
+    def write_link(self, target: str, path: str) -> None:
+        """Makes `path` a symlink to `target`, in one step if it was another one."""
+        with self.scratch() as scratch:
+            temp = scratch.join("link")
+            disk.symlink(target, temp)
+            self.publish((temp, path))
+
+    def make_directory(self, path: str) -> None:
+        """mkdir -m 0700, synced in its parent; nothing if it exists."""
+        with contextlib.suppress(FileExistsError):
+            disk.mkdir(path, 0o700)
+            _sync_directory(os.path.dirname(path))
+
+    def unlink(self, path: str) -> None:
+        """Removes a file or symlink for good; nothing if it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            disk.unlink(path)
+            _sync_directory(os.path.dirname(path))
+
+    def discard(self, path: str) -> None:
+        """Moves `path` into the trash: gone at once, whatever its size; `empty_trash` gives the space
+        back."""
+        self.publish((path, f"{self._trash}/{_unique()}"))
+        _sync_directory(os.path.dirname(path))
+
+    def empty_trash(self) -> None:
+        """Deletes what was discarded, by whomever. Raises the first OSError after trying everything."""
+        failure: OSError | None = None
+        for name in os.listdir(self._trash):
+            try:
+                _delete(f"{self._trash}/{name}", self._trash)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def has_trash(self) -> bool:
+        with os.scandir(self._trash) as entries:
+            return next(entries, None) is not None
+
+    def dead(self) -> Iterator[Scratch]:
+        """Directories in tmp/ that have no maker any more, one by one, locked exclusively; the receiver
+        closes each.
+
+        Dead temporary files are removed on the way: they mean nothing.
+        """
+        for name in os.listdir(self._tmp):
+            path = f"{self._tmp}/{name}"
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ELOOP):
+                    continue
+                reason = f"{path} cannot be opened ({error.strerror})"
+                raise StoreUnusable(f"{reason}: use the store as its owner") from error
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, fd)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                if not _is_at(fd, path):
+                    continue
+                if stat.S_ISDIR(os.fstat(fd).st_mode):
+                    stack.pop_all()
+                    yield Scratch(path, fd, self._trash)
+                else:
+                    disk.unlink(path)

@@ -1,0 +1,311 @@
+"""The on-disk format: every file of a store and of its run directory. Pure.
+
+Nothing else in fusestore spells a path inside a store; the bytes of each file are described here and nowhere
+else. Whoever changes a format changes this page, `FORMAT_VERSION` or that file's own version, and the history
+at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and names are ASCII.
+
+::
+
+    <store>/                          0700
+      fusestore.json                  written last: a directory without it is no store yet
+      fusestore.lock                  flock: the store's names (see durable.Workspace.lock)
+      oci-layout, index.json          OCI image-spec, image-layout.md: the store IS an image layout
+      blobs/sha256/<hex>              manifests, configs, layers: their sha256 is their name
+      layers/<diff_id hex>/           derived from a layer's blob: may be deleted, is rebuilt when needed
+        index                         the layer's tree (fusestore.layer)
+        seek.<blob hex>               restart points in that compressed blob (fusestore.seek)
+        cache                         sparse: what was decompressed so far (fusestore.spancache)
+      images/<id>/image               derived from manifest and config: may be deleted
+      containers/<id>/                0700, renamed into place whole; flock: shared while live, exclusive to
+      change
+        container                     the metadata document
+        diff/ work/                   upper directory and work directory of overlayfs
+        workdir/                      0700, the container's own directory
+      names/<name>                    symlink to the id of the container of that name
+      tmp/<unique>                    flocked (shared) while its maker lives; unlocked ones are rubbish
+      trash/<unique>                  what was deleted; nothing in it is ever read
+    <run>/                            0700, on a tmpfs if there is one
+      <first 16 hex of sha256(real path of the store)>/
+        boot                          the boot id of the kernel: with another one the rest is from before a
+        reboot containers/<id>/mounted       exists while the container is started (pinned)
+        containers/<id>/rundir/       0700, made when first asked for
+        mounts/<unique>               one live mount, flocked by its daemon
+        trash/<unique>                deleted run directories
+
+**fusestore.json**: one JSON object: ``format`` "fusestore", ``version`` (`FORMAT_VERSION`), ``features``:
+names of what a reader must know besides the version; none so far.
+
+**index.json**: which images exist, and their names. One descriptor per name, with the annotation
+``org.opencontainers.image.ref.name``; an image without names has one descriptor without it. fusestore adds
+``io.fusestore.image.id`` (the id, so that listing reads no manifest); it is believed only if
+images/<id>/image agrees about the manifest. Descriptors and keys that others wrote are kept. A name that
+`names.parse_image_name` refuses, or that lies below another name (``a`` and ``a/b``), is not shown.
+
+**images/<id>/image**: msgpack map: ``version`` 1, ``manifest`` (digest), ``created`` (str), ``architecture``,
+``os``, ``layers``: bottom first, [diff_id, blob digest, blob size, media type]. The id is the hex of the
+config's digest.
+
+**layers/<diff_id>/seek.<blob>**: exists only after the blob was decompressed and hashed to that diff_id: it
+is the proof that blob and diff_id belong together. An uncompressed layer needs none: its blob digest is its
+diff_id.
+
+**containers/<id>/container**: JSON, UTF-8: ``image-name`` and ``image-id`` (both "" while unbound),
+``created-at`` (Unix seconds), ``name`` if it is not the id, ``mountlabel`` if not empty, then the user's keys
+in the user's order. The id is not in it (it is the directory's name), nor whether it is mounted (the run
+directory says so).
+
+**names/<name>**: made before the container or the document that uses it: a link whose target does not exist
+reserves nothing. Only for names that differ from the id.
+
+**tmp/<unique>/intent**: JSON, written before an operation of several renames: ``names`` {name: [ids]} are
+names that may point wrong, ``loose`` {"blobs": [digests], "layers": [diff_ids], "images": [ids]} what may be
+left unreferenced. Who finds it in a dead directory (when opening the store) puts the names right and removes
+what index.json does not reach.
+
+**mounts/<unique>**: JSON: ``mountpoint``, ``pid``, ``driver``.
+
+Refused by a reader, in these words (StoreUnusable)::
+
+    "there is no store at …: make one with `fusestore import`, or name another with --store"
+    "… is neither empty nor a store: choose another directory for the store"
+    "… is a store of version …, this fusestore knows 1: upgrade fusestore"
+    "… uses …, unknown to this fusestore: upgrade fusestore"
+    "….json is damaged: restore it from a backup, or import the images into a new store"
+
+History::
+
+    1   first version
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .names import digest_hex
+from .nodes import Digest
+
+__all__ = [
+    "ANNOTATION_ID",
+    "ANNOTATION_NAME",
+    "DEFAULT_TAG",
+    "FORMAT_VERSION",
+    "IMAGE_RECORD_VERSION",
+    "Layout",
+    "OCI_LAYOUT_VERSION",
+    "RunLayout",
+    "UNFINISHED",
+    "default_run_dir",
+    "default_store_dir",
+    "run_layout",
+]
+
+FORMAT_VERSION = 1
+IMAGE_RECORD_VERSION = 1
+OCI_LAYOUT_VERSION = "1.0.0"
+
+ANNOTATION_NAME = "org.opencontainers.image.ref.name"
+ANNOTATION_ID = "io.fusestore.image.id"
+
+DEFAULT_TAG = "default"
+"""The image of a container that is made without naming one."""
+
+
+def _join(*parts: str) -> str:
+    return "/".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of one store. `root` is absolute and real, without a slash at its end."""
+
+    root: str
+
+    @property
+    def format_file(self) -> str:
+        return _join(self.root, "fusestore.json")
+
+    @property
+    def lock(self) -> str:
+        return _join(self.root, "fusestore.lock")
+
+    @property
+    def oci_layout(self) -> str:
+        return _join(self.root, "oci-layout")
+
+    @property
+    def index(self) -> str:
+        return _join(self.root, "index.json")
+
+    @property
+    def blobs(self) -> str:
+        return _join(self.root, "blobs", "sha256")
+
+    @property
+    def layers(self) -> str:
+        return _join(self.root, "layers")
+
+    @property
+    def images(self) -> str:
+        return _join(self.root, "images")
+
+    @property
+    def containers(self) -> str:
+        return _join(self.root, "containers")
+
+    @property
+    def names(self) -> str:
+        return _join(self.root, "names")
+
+    @property
+    def tmp(self) -> str:
+        return _join(self.root, "tmp")
+
+    @property
+    def trash(self) -> str:
+        return _join(self.root, "trash")
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """What a new store consists of, besides its files."""
+        return (
+            _join(self.root, "blobs"),
+            self.blobs,
+            self.layers,
+            self.images,
+            self.containers,
+            self.names,
+            self.tmp,
+            self.trash,
+        )
+
+    def blob(self, digest: Digest) -> str:
+        return _join(self.blobs, digest_hex(digest))
+
+    def layer(self, diff_id: Digest) -> str:
+        return _join(self.layers, digest_hex(diff_id))
+
+    def layer_index(self, diff_id: Digest) -> str:
+        return _join(self.layer(diff_id), "index")
+
+    def seek_table(self, diff_id: Digest, blob: Digest) -> str:
+        return _join(self.layer(diff_id), f"seek.{digest_hex(blob)}")
+
+    def span_cache(self, diff_id: Digest) -> str:
+        return _join(self.layer(diff_id), "cache")
+
+    def image(self, image_id: str) -> str:
+        return _join(self.images, image_id)
+
+    def image_record(self, image_id: str) -> str:
+        return _join(self.image(image_id), "image")
+
+    def container(self, container_id: str) -> str:
+        return _join(self.containers, container_id)
+
+    def name(self, name: str) -> str:
+        return _join(self.names, name)
+
+    @staticmethod
+    def name_target(container_id: str) -> str:
+        """What names/<name> holds."""
+        return _join("..", "containers", container_id)
+
+    def document(self, container_id: str) -> str:
+        return self.document_in(self.container(container_id))
+
+    def upper(self, container_id: str) -> str:
+        return self.upper_in(self.container(container_id))
+
+    def work(self, container_id: str) -> str:
+        return self.work_in(self.container(container_id))
+
+    def workdir(self, container_id: str) -> str:
+        return self.workdir_in(self.container(container_id))
+
+    # The same inside a container's directory that is not in its place yet.
+
+    @staticmethod
+    def document_in(directory: str) -> str:
+        return _join(directory, "container")
+
+    @staticmethod
+    def upper_in(directory: str) -> str:
+        return _join(directory, "diff")
+
+    @staticmethod
+    def work_in(directory: str) -> str:
+        return _join(directory, "work")
+
+    @staticmethod
+    def workdir_in(directory: str) -> str:
+        return _join(directory, "workdir")
+
+    @staticmethod
+    def intent_in(directory: str) -> str:
+        """`directory`: one in tmp/."""
+        return _join(directory, "intent")
+
+
+UNFINISHED = frozenset(
+    ["fusestore.lock", "oci-layout", "index.json", "blobs", "layers", "images", "containers", "names", "tmp", "trash"]
+)
+"""What a directory may hold, besides fusestore.lock which it must, for its creation as a store to be
+resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """The paths of one store's run directory."""
+
+    root: str
+
+    @property
+    def boot(self) -> str:
+        return _join(self.root, "boot")
+
+    @property
+    def containers(self) -> str:
+        return _join(self.root, "containers")
+
+    @property
+    def mounts(self) -> str:
+        return _join(self.root, "mounts")
+
+    @property
+    def trash(self) -> str:
+        return _join(self.root, "trash")
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        return (self.containers, self.mounts, self.trash)
+
+    def container(self, container_id: str) -> str:
+        return _join(self.containers, container_id)
+
+    def mounted(self, container_id: str) -> str:
+        return _join(self.container(container_id), "mounted")
+
+    def rundir(self, container_id: str) -> str:
+        return _join(self.container(container_id), "rundir")
+
+
+def run_layout(run_dir: str, real_store_path: bytes) -> RunLayout:
+    """The run directory of the store at `real_store_path` (no symlinks in it), inside `run_dir`."""
+    return RunLayout(_join(run_dir.rstrip("/"), hashlib.sha256(real_store_path).hexdigest()[:16]))
+
+
+def default_store_dir(environ: Mapping[str, str], uid: int) -> str:
+    """/var/lib/fusestore for root, $XDG_DATA_HOME/fusestore (~/.local/share) for others."""
+    if uid == 0:
+        return "/var/lib/fusestore"
+    data_home = environ.get("XDG_DATA_HOME") or _join(environ.get("HOME", "/"), ".local", "share")
+    return _join(data_home, "fusestore")
+
+
+def default_run_dir(environ: Mapping[str, str], uid: int) -> str:
+    """/run/fusestore for root, $XDG_RUNTIME_DIR/fusestore for others, /tmp/fusestore-<uid> where that is not
+    set."""
+    if uid == 0:
+        return "/run/fusestore"
+    runtime_dir = environ.get("XDG_RUNTIME_DIR")
+    return _join(runtime_dir, "fusestore") if runtime_dir else f"/tmp/fusestore-{uid}"
