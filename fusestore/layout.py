@@ -30,6 +30,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         reboot containers/<id>/mounted       exists while the container is started (pinned)
         containers/<id>/rundir/       0700, made when first asked for
         mounts/<unique>               one live mount, flocked by its daemon
+      mount-<first 8 hex of sha256(mount point)>.log   what the daemons there had to say
         trash/<unique>                deleted run directories
 
 **fusestore.json**: one JSON object: ``format`` "fusestore", ``version`` (`FORMAT_VERSION`), ``features``:
@@ -270,6 +271,9 @@ class RunLayout:
     @property
     def mounts(self) -> str:
         return _join(self.root, "mounts")
+
+    def mount_log(self, mountpoint: bytes) -> str:
+        return _join(self.root, f"mount-{hashlib.sha256(mountpoint).hexdigest()[:8]}.log")
 
     @property
     def trash(self) -> str:
