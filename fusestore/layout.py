@@ -30,7 +30,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         reboot containers/<id>/mounted       exists while the container is started (pinned)
         containers/<id>/rundir/       0700, made when first asked for
         mounts/<unique>               one live mount, flocked by its daemon
-      mount-<first 8 hex of sha256(mount point)>.log   what the daemons there had to say
+        mount-<8 hex>.log             of sha256(mount point): what the daemons there had to say
         trash/<unique>                deleted run directories
 
 **fusestore.json**: one JSON object: ``format`` "fusestore", ``version`` (`FORMAT_VERSION`), ``features``:
