@@ -13,7 +13,7 @@ else runs: a state change never contains a yield. `run` drives them without an e
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import GeneratorType
-from typing import Any, ClassVar, TypeVar, Union, cast
+from typing import Any, ClassVar, Protocol, TypeVar, Union, cast
 
 from . import errors
 from .nodes import Attr, Inode, Xattrs
@@ -23,6 +23,7 @@ __all__ = [
     "Branch",
     "Caller",
     "Changes",
+    "Closable",
     "DirHandle",
     "FileHandle",
     "Handles",
@@ -83,6 +84,12 @@ class Changes:
     mtime_ns: int | None = None
 
 
+class Closable(Protocol):
+    """Something held until it is closed, once."""
+
+    def close(self) -> None: ...
+
+
 class Node:
     """One object the kernel may know. `lookups` is the kernel's count (fuse.rst: nlookup)."""
 
@@ -136,9 +143,10 @@ class DirHandle:
 
     __slots__ = ("listing", "node")
 
-    def __init__(self, node: Node, listing: list[tuple[bytes, Any]]) -> None:
+    def __init__(self, node: Node, listing: list[tuple[bytes, Any]] | None = None) -> None:
         self.node = node
         self.listing = listing
+        """None until it is read for the first time."""
 
 
 class Branch:
@@ -151,8 +159,10 @@ class Branch:
     absence_timeout_s: ClassVar[float] = 0.0
     """How long the kernel may believe that a name is missing."""
 
-    ready: bool = True
-    """False while the first use of this part still has to open something: `prepare` does it."""
+    @property
+    def ready(self) -> bool:
+        """False while the first use of this part still has to open something: `prepare` does it."""
+        return True
 
     def prepare(self) -> Steps[None]:
         """Make the branch ready. May run twice at once; the later one finds the work done."""
