@@ -1,0 +1,157 @@
+"""The background process of a mount: what it needs, how it leaves the terminal, its log. Blocking.
+
+The starter returns when the mount answers, and has the one-line error where it never does: the two talk
+through a pipe that the background process alone holds open, so its death is noticed too. Nothing may start
+threads before `detach`: only the forking thread lives on in a child.
+"""
+
+import logging
+import os
+import shutil
+import stat
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from .errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted, StoreUnusable
+
+__all__ = ["check_mountpoint", "check_permission", "describe", "detach", "log_to"]
+
+_READY = b"ready"
+_FUSE_DEVICE = "/dev/fuse"
+_FUSE_CONF = "/etc/fuse.conf"
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: what went wrong and where. For foreseen errors and those of system calls."""
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename if error.filename is not None else ""
+        return f"{os.fsdecode(where)}: {error.strerror}" if where else error.strerror
+    return str(error)
+
+
+def check_mountpoint(mountpoint: str, store_path: str) -> None:
+    """Raises a FusestoreError that says what to do where a mount of that store cannot or must not be."""
+    try:
+        status = os.stat(mountpoint)
+    except FileNotFoundError:
+        raise NotFound(f"{mountpoint} does not exist: mkdir it first") from None
+    except OSError as error:
+        # ENOTCONN: a mount whose daemon died; EACCES too, when it belonged to another user.
+        raise Busy(
+            f"{mountpoint}: {error.strerror}: if it is what a dead mount left, fusermount3 -uz {mountpoint}"
+        ) from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectory(f"{mountpoint} is not a directory")
+    if os.path.ismount(mountpoint):
+        raise Busy(f"{mountpoint} is a mount point already: fusestore umount {mountpoint}, or choose another")
+    real, store = os.path.realpath(mountpoint), os.path.realpath(store_path)
+    if os.path.commonpath([real, store]) in (real, store):
+        # The daemon would reach its own files through itself, and hang.
+        raise NotPermitted(
+            f"{mountpoint} and the store {store_path} lie in each other: choose another mount point"
+        )
+
+
+def check_permission(*, allow_other: bool) -> None:
+    """Raises AccessDenied, saying what root has to do, where this user may not mount with FUSE."""
+    if not os.path.exists(_FUSE_DEVICE):
+        raise StoreUnusable(f"{_FUSE_DEVICE} is missing: modprobe fuse, or give the container this device")
+    if not os.access(_FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise AccessDenied(
+            f"{_FUSE_DEVICE} is not open to you: as root, chmod 0666 {_FUSE_DEVICE} (elsewhere udev does)"
+        )
+    if os.geteuid() == 0:
+        return
+    if shutil.which("fusermount3") is None:
+        raise StoreUnusable("fusermount3 is missing: apt-get install fuse3")
+    if allow_other and not _conf_allows_other():
+        raise AccessDenied(
+            f"--allow-other is root's to permit: put user_allow_other on a line of its own into {_FUSE_CONF}"
+        )
+
+
+def _conf_allows_other() -> bool:
+    try:
+        with open(_FUSE_CONF) as file:
+            return any(line.strip() == "user_allow_other" for line in file)
+    except OSError:
+        return False
+
+
+def detach(serve: Callable[[Callable[[], None]], None]) -> None:
+    """Runs `serve(ready)` in a background process; returns when that has called `ready`.
+
+    The process is in a session of its own, in ``/``, with /dev/null as its input; `serve` opens its log
+    (`log_to`) before it calls `ready`. Raises FusestoreError with the error of `serve` where it ends before.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read_end)
+        _become_daemon(serve, write_end)
+    os.close(write_end)
+    os.waitpid(child, 0)
+    with os.fdopen(read_end, "rb") as pipe:
+        said = pipe.read()
+    if said != _READY:
+        raise FusestoreError(
+            said.decode(errors="replace") or "the mount's process was killed before it answered"
+        )
+
+
+def _become_daemon(serve: Callable[[Callable[[], None]], None], pipe: int) -> NoReturn:
+    """In the first child: the second fork, then all of the background process's life."""
+    status = 1
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.chdir("/")
+        with open(os.devnull) as null:
+            os.dup2(null.fileno(), 0)
+        answered = False
+
+        def ready() -> None:
+            nonlocal answered
+            answered = True
+            os.write(pipe, _READY)
+            os.close(pipe)
+
+        try:
+            serve(ready)
+            status = 0
+        except BaseException as error:
+            foreseen = isinstance(error, (FusestoreError, OSError))
+            if answered:
+                logging.getLogger("fusestore").critical(
+                    "the mount ended: %s", describe(error), exc_info=not foreseen
+                )
+            else:
+                os.write(pipe, _message(error, foreseen).encode(errors="surrogateescape"))
+    finally:
+        # Not sys.exit: what the starter registered to run at exit is the starter's.
+        logging.shutdown()
+        os._exit(status)
+
+
+def _message(error: BaseException, foreseen: bool) -> str:
+    if foreseen:
+        return describe(error)
+    traceback.print_exception(error)
+    return f"the mount failed unforeseen: {error!r}"
+
+
+def log_to(path: str | None) -> None:
+    """Sends log records, standard output and error to the end of `path`; None: records to standard error."""
+    if path is not None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.close(fd)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, force=True
+    )

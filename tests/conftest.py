@@ -1,0 +1,146 @@
+"""Fixtures of the real thing: images, people, stores, mounts.
+
+A mount costs a second, so most tests share one for each person (`mounted`) and work in containers of their
+own (`container`); a test that changes images or mounts takes one for itself (`fresh`).
+"""
+
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from rig.images import TOOLS, Image, Images, make_images
+from rig.mounts import Mount, Place
+from rig.people import Person, plain_user, root
+from rig.requirements import need
+
+P = TypeVar("P", bound=Place)
+
+
+@pytest.fixture(scope="session")
+def area() -> Iterator[Path]:
+    """A directory that every user may search, on a disk (tmpfs has no user.* xattrs in older kernels)."""
+    path = Path(
+        tempfile.mkdtemp(prefix="fusestore-test-", dir=os.environ.get("FUSESTORE_TEST_TMP", "/var/tmp"))
+    )
+    path.chmod(0o755)
+    yield path
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    left = [mount for mount in mounts if mount.startswith(f"{path}/")]
+    assert not left, f"mounts are left: {left}"
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def images(area: Path) -> Images:
+    """Real images, where every user may read them."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    need("images", os.geteuid() == 0 and not missing, f"needs root and {' '.join(missing) or 'nothing else'}")
+    made = make_images()
+    published = area / "images"
+    published.mkdir()
+
+    def publish(path: Path) -> Path:
+        target = published / path.name
+        subprocess.run(["cp", "-r", path, target], check=True, timeout=120)
+        subprocess.run(["chmod", "-R", "a+rX", target], check=True, timeout=120)
+        return target
+
+    def moved(image: Image) -> Image:
+        return replace(image, path=publish(image.path))
+
+    return Images(
+        busybox=moved(made.busybox),
+        debian=moved(made.debian),
+        corners=moved(made.corners),
+        zstd=moved(made.zstd),
+        chunked=moved(made.chunked),
+        oci_archive=publish(made.oci_archive),
+        docker_archive=publish(made.docker_archive),
+    )
+
+
+@pytest.fixture(scope="session", params=["root", "user"])
+def person(request: pytest.FixtureRequest) -> Person:
+    """Root and a plain user in turn, able to run the installed command and to mount."""
+    if request.param == "root":
+        need("root", os.geteuid() == 0, "run the tests as root to test root's mounts")
+        found = root()
+    else:
+        found = plain_user()
+        answer = found.run("fusestore", "--version")
+        why = f"{found.name} cannot run the installed fusestore, put it where all may read: {answer.err}"
+        need("root", answer.code == 0, why)
+    need("fuse", os.path.exists("/dev/fuse"), "there is no /dev/fuse: modprobe fuse")
+    mode = os.stat("/dev/fuse").st_mode
+    accessible = found.is_root or bool(mode & stat.S_IWOTH and shutil.which("fusermount3"))
+    need("fuse", accessible, "a plain user needs fusermount3 and a /dev/fuse of mode 0666")
+    return found
+
+
+@pytest.fixture(scope="session")
+def _shared(person: Person, images: Images, area: Path) -> Iterator[Mount]:
+    mount = Mount(person, area / f"shared-{person.name}")
+    try:
+        # The first becomes the default, which containers made by mkdir are of.
+        mount.fusestore("import", images.busybox.source).ok()
+        mount.fusestore("import", images.debian.source).ok()
+        mount.fusestore("import", images.corners.source).ok()
+        mount.mount()
+        yield mount
+    finally:
+        mount.close()
+
+
+@pytest.fixture
+def mounted(_shared: Mount) -> Iterator[Mount]:
+    """A mount shared with other tests, of a store with busybox (the default), debian and corners."""
+    assert _shared.is_mounted()
+    yield _shared
+    _shared.check_log()
+
+
+@pytest.fixture
+def container(mounted: Mount) -> Iterator[str]:
+    """The id of a new container of busybox, in `mounted`; deleted afterwards if it is still there."""
+    name = mounted.new_id()
+    mounted.sh("mkdir containers/$1", name).ok()
+    yield name
+    mounted.sh("if [ -e containers/$1 ]; then echo '{\"mounted\": false}' > containers/$1/metadata.json; "
+               "rmdir containers/$1; fi", name).ok()  # fmt: skip
+
+
+@pytest.fixture
+def place(person: Person, area: Path) -> Iterator[Place]:
+    """Directories for a store that does not exist yet."""
+    yield from _fresh(area, lambda base: Place(person, base))
+
+
+@pytest.fixture
+def unmounted(person: Person, images: Images, area: Path) -> Iterator[Mount]:
+    """A store of this test's own with busybox in it, not mounted yet; taken away afterwards."""
+    for mount in _fresh(area, lambda base: Mount(person, base)):
+        mount.fusestore("import", images.busybox.source).ok()
+        try:
+            yield mount
+        finally:
+            mount.close()
+
+
+@pytest.fixture
+def fresh(unmounted: Mount) -> Mount:
+    """The same, mounted."""
+    return unmounted.mount()
+
+
+def _fresh(area: Path, make: Callable[[Path], P]) -> Iterator[P]:
+    base = Path(tempfile.mkdtemp(prefix="own-", dir=area))
+    base.rmdir()
+    yield make(base)
+    shutil.rmtree(base)
