@@ -1,0 +1,331 @@
+"""Layer blobs: taking one in, and reading ranges of the tar inside it. Blocking; no path is spelt here.
+
+Taking in (`ingest`, `derive`) is one pass over the blob, whatever its compression::
+
+    source ─ read ─┬─ sink                       the caller's file
+                   ├─ sha256                     → blob digest
+                   └─ Decoder ─┬─ sha256         → diff_id
+                               ├─ SpanCutter     → the table of seek points
+                               └─ TarScanner ─ LayerBuilder → the layer's index
+
+Its time is that of the decoder and the hashes, which release the GIL: run one thread a layer. It keeps
+nothing but what it returns, and any input ends in `Ingested` or in LayerRefused.
+
+Reading is a `LayerReader`: of a plain tar `_PlainReader`, of a compressed one `_SpanReader` over a
+`SeekTable` (where decoding can begin), a `SpanFile` (what was decoded before) and the blob. Blob, table and
+cache file are kept open: a reader goes on working when their names are removed. Every decoded span is
+compared with its CRC-32 before anyone sees it, so a damaged blob is an error for its damaged spans, and never
+wrong data.
+"""
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final, Protocol
+
+from .errors import LayerRefused, StoreDamaged
+from .layer import LayerBuilder
+from .nodes import Digest
+from .seek import Compression, FilePath, SeekTable, SpanCutter
+from .spancache import SpanCache
+from .streams import HEAD, Decoder, GzipDecoder, PlainDecoder, RunDecoder, ZstdDecoder, detect
+from .tar import TarLimits, TarScanner
+
+__all__ = ["Ingested", "LayerReader", "Source", "derive", "ingest", "open_reader"]
+
+_READ: Final = 128 << 10
+
+_RUN_LOCKS: Final = 16
+"""The runs of a layer share this many locks, so a run may wait for another that it has nothing to do with."""
+
+
+class Source(Protocol):
+    """What a blob is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes; none only at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """What one pass over a blob found out."""
+
+    blob: Digest
+    blob_size: int
+    diff_id: Digest
+    """The digest of the uncompressed tar (OCI image-spec, config.md, rootfs.diff_ids)."""
+    tar_size: int
+    index: bytes
+    """The file `fusestore.layer.LayerIndex` reads."""
+    seek: bytes | None
+    """The file `fusestore.seek.SeekTable` reads; None for an uncompressed tar, which needs none."""
+    compression: Compression
+
+
+def ingest(
+    source: Source,
+    *,
+    sink: Callable[[bytes], object] | None = None,
+    expected_blob: Digest | None = None,
+    expected_diff_id: Digest | None = None,
+    limits: TarLimits | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Ingested:
+    """Read a layer blob to its end. `sink` gets all of its bytes, `progress` the length of each piece read.
+
+    Raises LayerRefused when the blob is no layer, breaks a limit, or has another digest than expected; what
+    `sink` wrote until then is the caller's to remove.
+    """
+    limits = limits or TarLimits()
+    blob_hash, tar_hash = sha256(), sha256()
+    spans, scanner, builder = SpanCutter(), TarScanner(limits), LayerBuilder()
+    blob_size = 0
+
+    def read() -> bytes:
+        nonlocal blob_size
+        data = source.read(_READ)
+        blob_size += len(data)
+        blob_hash.update(data)
+        if sink:
+            sink(data)
+        if progress:
+            progress(len(data))
+        return data
+
+    head = data = read()
+    while data and len(head) < HEAD:
+        data = read()
+        head += data
+    compression = detect(head)
+    decoder = _decoder(compression, spans)
+    data = head
+    while data:
+        for piece in decoder.feed(data):
+            spans.write(piece)
+            tar_hash.update(piece)
+            for entry in scanner.feed(piece):
+                builder.add(entry)
+        data = read()
+    decoder.close()
+    scanner.close()
+    blob = Digest("sha256:" + blob_hash.hexdigest())
+    diff_id = Digest("sha256:" + tar_hash.hexdigest())
+    _compare("blob", blob, expected_blob)
+    _compare("uncompressed layer (diff_id)", diff_id, expected_diff_id)
+    return Ingested(
+        blob=blob,
+        blob_size=blob_size,
+        diff_id=diff_id,
+        tar_size=spans.tar_size,
+        index=builder.finish(),
+        seek=None if compression == "none" else spans.finish(compression, blob_size),
+        compression=compression,
+    )
+
+
+def derive(
+    blob_path: FilePath,
+    *,
+    blob: Digest | None = None,
+    diff_id: Digest | None = None,
+    limits: TarLimits | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Ingested:
+    """The same pass over a blob of the store, to make its derived files again.
+
+    Raises StoreDamaged when the blob is not there, or not the one it should be.
+    """
+    try:
+        with open(blob_path, "rb", buffering=0) as source:
+            return ingest(
+                source, expected_blob=blob, expected_diff_id=diff_id, limits=limits, progress=progress
+            )
+    except OSError as error:
+        raise _damaged(blob_path, error.strerror or "unreadable") from error
+    except LayerRefused as error:
+        raise _damaged(blob_path, str(error)) from error
+
+
+def _decoder(compression: Compression, spans: SpanCutter) -> Decoder:
+    if compression == "gzip":
+        return GzipDecoder(spans)
+    if compression == "zstd":
+        return ZstdDecoder(spans)
+    return PlainDecoder()
+
+
+def _compare(what: str, found: Digest, expected: Digest | None) -> None:
+    if expected is not None and found != expected:
+        raise LayerRefused(f"the {what} has digest {found}, not {expected}: fetch the image again")
+
+
+def _damaged(blob_path: FilePath, what: str) -> StoreDamaged:
+    return StoreDamaged(f"layer blob {os.fsdecode(blob_path)}: {what}; import the image again")
+
+
+class LayerReader(ABC):
+    """Random access to the uncompressed tar of one layer.
+
+    Thread-safe, but for `close`: the caller sees to it that no read runs beside it or comes after it.
+    """
+
+    size: int
+    """Bytes of the tar."""
+
+    @abstractmethod
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        """As `read`, where that takes no decompression and no waiting for another thread; else None.
+
+        For an event loop: it costs one pread. Raises as `read` does.
+        """
+
+    @abstractmethod
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes of the tar at `offset`; fewer only at its end.
+
+        Raises StoreDamaged where blob or table are damaged; other ranges go on working.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Idempotent."""
+
+
+def open_reader(
+    blob_path: FilePath,
+    seek_path: FilePath | None,
+    cache: SpanCache,
+    cache_path: FilePath,
+    tar_size: int,
+) -> LayerReader:
+    """A reader of the blob, with the table in `seek_path` (None: the blob is the tar itself).
+
+    `cache_path` need not exist. Raises StoreDamaged when blob or table are missing, or the table is damaged
+    or made for a tar of another size.
+    """
+    try:
+        blob_fd = os.open(blob_path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _damaged(blob_path, error.strerror or "unreadable") from error
+    if seek_path is None:
+        return _PlainReader(blob_fd, blob_path, tar_size)
+    try:
+        return _SpanReader(blob_fd, blob_path, SeekTable(seek_path, tar_size), cache, cache_path)
+    except BaseException:
+        os.close(blob_fd)
+        raise
+
+
+class _PlainReader(LayerReader):
+    """The blob is the tar."""
+
+    def __init__(self, blob_fd: int, blob_path: FilePath, size: int) -> None:
+        self.size = size
+        self._blob_fd = blob_fd
+        self._blob_path = blob_path
+
+    def read_now(self, offset: int, length: int) -> bytes:
+        return self.read(offset, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        data = os.pread(self._blob_fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self._blob_fd, length - len(data), offset + len(data))
+            if not more:
+                raise _damaged(self._blob_path, "truncated")
+            data += more
+        return data
+
+    def close(self) -> None:
+        fd, self._blob_fd = self._blob_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _SpanReader(LayerReader):
+    """The blob is compressed: spans come from the cache, or else are decoded into it.
+
+    The spans of a run are decoded by one thread at a time, under the run's lock; who finds the lock taken
+    waits, and then finds the span in the cache. A decode stops at the span that was asked for; if the run
+    goes on, the decoder is parked there, so that reading on does not decode from the restart again.
+    """
+
+    def __init__(
+        self, blob_fd: int, blob_path: FilePath, table: SeekTable, cache: SpanCache, cache_path: FilePath
+    ) -> None:
+        self.size = table.tar_size
+        self._blob_fd = blob_fd
+        self._blob_path = blob_path
+        self._table = table
+        self._cached = cache.open(cache_path, table)
+        self._run_locks = tuple(threading.Lock() for _ in range(_RUN_LOCKS))
+        self._unstored: tuple[int, bytes] | None = None
+        """The last span decoded that the cache had no room for: what follows in it is usually read next."""
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        end = min(offset + length, self.size)
+        if offset >= end:
+            return b""
+        return self._cached.read(offset, end)
+
+    def read(self, offset: int, length: int) -> bytes:
+        end = min(offset + length, self.size)
+        starts = self._table.starts
+        pieces = []
+        while offset < end:
+            span = self._table.find(offset)
+            stop = min(end, starts[span + 1])
+            data = self._cached.read(offset, stop)
+            if data is None:
+                data = self._span(span)[offset - starts[span] : stop - starts[span]]
+            pieces.append(data)
+            offset = stop
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        fd, self._blob_fd = self._blob_fd, -1
+        if fd >= 0:
+            self._cached.close()
+            self._table.close()
+            os.close(fd)
+
+    def _span(self, span: int) -> bytes:
+        """A whole span that could not be read from the cache."""
+        run, run_end = self._table.run(span)
+        with self._run_locks[run % _RUN_LOCKS]:
+            if self._unstored and self._unstored[0] == span:
+                return self._unstored[1]
+            data = self._cached.load(span)
+            return self._decode(run, run_end, span) if data is None else data
+
+    def _decode(self, run: int, run_end: int, wanted: int) -> bytes:
+        """Decode up to and with span `wanted`, and keep what comes by. Under the run's lock."""
+        decoder = self._cached.unpark(run)
+        if decoder is None or decoder.next_span > wanted:  # What it decoded has been evicted.
+            decoder = RunDecoder(self._table, run, self._read_blob)
+        while True:
+            span = decoder.next_span
+            try:
+                data = decoder.take()
+            except LayerRefused as error:
+                if span < wanted:
+                    continue
+                raise _damaged(self._blob_path, str(error)) from error
+            stored = self._cached.store(span, data)
+            if span == wanted:
+                self._unstored = None if stored else (span, data)
+                if decoder.next_span < run_end:
+                    self._cached.park(run, decoder)
+                return data
+
+    def _read_blob(self, length: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._blob_fd, length, offset)
+        except OSError as error:
+            raise _damaged(self._blob_path, error.strerror or "unreadable") from error
