@@ -120,7 +120,7 @@ def ingest(
         blob_size=blob_size,
         diff_id=diff_id,
         tar_size=spans.tar_size,
-        index=builder.finish(),
+        index=builder.finish(spans.tar_size),
         seek=None if compression == "none" else spans.finish(compression, blob_size),
         compression=compression,
     )

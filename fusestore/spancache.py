@@ -138,10 +138,14 @@ class SpanCache:
                 self._used += size
 
     def _touch(self, entries: Iterable[_Entry | None]) -> None:
-        with self._lock:
-            for entry in entries:
-                if entry and entry in self._entries:
-                    self._entries.move_to_end(entry)
+        """Note that these are used; not while the lock is taken, for this is also done by event loops."""
+        if self._lock.acquire(blocking=False):
+            try:
+                for entry in entries:
+                    if entry and entry in self._entries:
+                        self._entries.move_to_end(entry)
+            finally:
+                self._lock.release()
 
     def _reserve(self, size: int) -> bool:
         """Count `size` more bytes, after evicting what is too much. False: no room, nothing was counted."""

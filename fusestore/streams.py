@@ -220,6 +220,7 @@ class GzipDecoder:
     """Inflates into a buffer that keeps the last 32 KiB of output in front of the new: a restart's window."""
 
     def __init__(self, spans: SpanCutter, library: Inflate | None = None) -> None:
+        self._live = False
         self._spans = spans
         self._library = library or _fastest_inflate()
         self._stream = self._library.stream_type()
@@ -234,7 +235,6 @@ class GzipDecoder:
         """Output before the current member."""
         self._ended = False
         self._padding = False
-        self._live = False
         if self._library.init(self._pointer) != _Z_OK:
             raise MemoryError("inflateInit2")
         self._live = True
