@@ -21,10 +21,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 from .errors import LayerRefused, StoreDamaged
-from .layer import LayerIndex
+from .layerindex import LayerIndex
 from .nodes import Attr, Xattrs
 
-__all__ = ["Lower", "Merged", "Ref", "Stack", "UpperEntry", "check_lower_links", "over"]
+__all__ = ["LayerView", "Lower", "Merged", "Ref", "Stack", "UpperEntry", "check_lower_links", "over"]
+
+_PRIVATE = (b"trusted.overlay.", b"user.overlay.")
 
 
 class Ref(NamedTuple):
@@ -158,8 +160,10 @@ class Lower:
         return attr if nlink == attr.nlink else replace(attr, nlink=nlink)
 
     def xattrs(self, stack: Stack) -> Xattrs:
+        """Without what would act as overlayfs's own in a mount above: that is not the layer's to say."""
         ref = self._speaker(stack)
-        return self.layers[ref.layer].xattrs(ref.ino)
+        stored = self.layers[ref.layer].xattrs(ref.ino)
+        return tuple(item for item in stored if not item[0].startswith(_PRIVATE))
 
     def target(self, stack: Stack) -> bytes:
         """What a symbolic link says."""
@@ -220,7 +224,7 @@ class Lower:
             found = self._resolve_link(link)
             if not found or self.is_directory(found):
                 path = self.layers[link.layer].target(link.ino)
-                raise StoreDamaged(f"layer {link.layer}: hard link to no file: {path!r}; import the image again")
+                raise StoreDamaged(f"layer {link.layer}: hard link to nothing, {path!r}: import it again")
             target = self._link_targets[link] = found[0]
         return target
 
@@ -244,6 +248,28 @@ class Lower:
                         paths |= {self._path_of(number, directory, name), target}
             self._links_to = links
         return self._links_to
+
+
+class LayerView(Lower):
+    """One layer of an image alone, as overlayfs would store it: whiteouts and opaque markers are shown."""
+
+    def __init__(self, layers: Sequence[LayerIndex], number: int) -> None:
+        """Of `layers`, bottom first, show number `number`."""
+        super().__init__(layers[: number + 1])
+        self.root = (Ref(number, LayerIndex.ROOT),)
+
+    def _fold(self, candidates: Iterable[Ref]) -> Stack:
+        top = next(iter(candidates), None)
+        if top is not None and self.layers[top.layer].is_whiteout(top.ino):
+            return (top,)
+        return super()._fold([top] if top else [])
+
+    def xattrs(self, stack: Stack) -> Xattrs:
+        ref = stack[0]
+        shown = super().xattrs(stack)
+        if self.is_directory(stack) and self.layers[ref.layer].is_opaque(ref.ino):
+            shown = (*shown, *((prefix + b"opaque", b"y") for prefix in _PRIVATE))
+        return shown
 
 
 def check_lower_links(layers: Sequence[LayerIndex]) -> None:

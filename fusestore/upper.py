@@ -1,12 +1,12 @@
 """One container's writable layer: its diff/ directory, in overlayfs's own format. Blocking.
 
-Every object is named by a descriptor of it (O_PATH) or by a descriptor of its directory and its name: no path
-is ever built, so depth and renames do not matter, and no symbolic link is followed. What cannot be done with an
-O_PATH descriptor goes through /proc/self/fd, which leads to the object itself, a symbolic link included.
+Every object is named by a descriptor of it (O_PATH) or by a descriptor of its directory and its name: no
+path is ever built, so depth and renames do not matter, and no symbolic link is followed. What cannot be done
+with an O_PATH descriptor goes through /proc/self/fd, which leads to the object itself, a link too.
 
 The format (fs/overlayfs/, overlayfs.rst): a whiteout is a character device 0:0; an opaque directory has the
-xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``; xattrs of the user's that begin with that
-prefix are stored with it twice ("escaped"). Two schemes:
+xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``; xattrs of the user's that begin so
+are stored with it twice ("escaped"). Two schemes:
 
 * NATIVE, where the process may chown, mknod and set trusted.*: the prefix is ``trusted.overlay.``.
 * PLAIN, for everybody else: ``user.overlay.`` (what the kernel reads with userxattr). Owner, mode, type and
@@ -21,8 +21,10 @@ What must appear whole is made in the scratch directory and renamed into place.
 import contextlib
 import enum
 import errno
+import itertools
 import os
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .errors import NoAttribute, NotPermitted, StoreDamaged
@@ -36,6 +38,8 @@ _STAT = b"user.fusestore.stat"
 _FOREIGN = b"user.fusestore.xattr."
 _OWN = b"user.fusestore."
 _PERMISSIONS = 0o7777
+_serial = itertools.count()
+"""Names in the scratch directory, which is this process's alone."""
 
 
 class Scheme(enum.Enum):
@@ -95,7 +99,6 @@ class Upper:
         self._scratch = scratch
         self._prefix = scheme.value
         self._is_plain = scheme is Scheme.PLAIN
-        self._serial = 0
         self._whiteout: bytes | None = None
 
     # Looking
@@ -113,7 +116,8 @@ class Upper:
         if stat.S_ISDIR(mode):
             opaque = _getxattr(path, self._prefix + b"opaque") == b"y"
             redirect = _getxattr(path, self._prefix + b"redirect")
-            return Found(UpperEntry(is_directory=True, is_opaque=opaque, redirect=redirect), status.st_ino, stat.S_IFDIR)
+            entry = UpperEntry(is_directory=True, is_opaque=opaque, redirect=redirect)
+            return Found(entry, status.st_ino, stat.S_IFDIR)
         if self._is_plain and stat.S_ISREG(mode):
             mode = self._recorded(path, status)[0]
         return Found(_PLAIN_ENTRY, status.st_ino, stat.S_IFMT(mode))
@@ -150,7 +154,7 @@ class Upper:
             mode=mode,
             uid=uid,
             gid=gid,
-            size=status.st_size if stat.S_ISREG(mode) or not stat.S_ISREG(status.st_mode) else 0,
+            size=status.st_size,
             rdev=rdev,
             nlink=status.st_nlink,
             blocks=status.st_blocks,
@@ -267,8 +271,7 @@ class Upper:
     ) -> None:
         """Create a device, FIFO, socket or (mknod's other use) an empty regular file."""
         temporary = self._temporary()
-        real = mode if not self._is_plain or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else stat.S_IFREG
-        os.mknod(temporary, stat.S_IFMT(real) | 0o600, rdev if real == mode else 0, dir_fd=self._scratch)
+        self._mknod(temporary, mode, rdev)
         self._settle(temporary, mode, uid, gid, rdev, directory, name, replaces)
 
     def make_symlink(
@@ -286,7 +289,15 @@ class Upper:
             renameat2(home, temporary, directory, name)
 
     def _settle(
-        self, temporary: bytes, mode: int, uid: int, gid: int, rdev: int, directory: int, name: bytes, replaces: bool
+        self,
+        temporary: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int,
+        directory: int,
+        name: bytes,
+        replaces: bool,
     ) -> None:
         try:
             with self._opened(self._scratch, temporary) as fd:
@@ -303,7 +314,7 @@ class Upper:
         os.unlink(name, dir_fd=directory)
 
     def remove_directory(self, directory: int, name: bytes, leave_whiteout: bool) -> None:
-        """Remove a directory in which at most whiteouts are left. In no crash does what they hide come back."""
+        """Remove a directory in which at most whiteouts are left; what they hide comes back in no crash."""
         with self._opened(directory, name) as fd:
             self.clear_whiteouts(fd)
         if leave_whiteout:
@@ -345,7 +356,13 @@ class Upper:
     # Moving
 
     def move(
-        self, directory: int, name: bytes, new_directory: int, new_name: bytes, leave_whiteout: bool, over_whiteout: bool
+        self,
+        directory: int,
+        name: bytes,
+        new_directory: int,
+        new_name: bytes,
+        leave_whiteout: bool,
+        over_whiteout: bool,
     ) -> None:
         """rename(2) within the upper, in one step; a whiteout stays behind where a layer has the old name."""
         if over_whiteout:
@@ -361,13 +378,11 @@ class Upper:
 
     # Copy-up
 
-    def stage(self, name: bytes) -> int:
-        """An empty file `name` in the scratch directory, open read-write, the caller's to close."""
-        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._scratch)
-
-    def stage_name(self) -> bytes:
-        """A name no staged object has."""
-        return self._temporary()
+    def stage(self) -> tuple[bytes, int]:
+        """An empty file in the scratch directory: its name, and a descriptor, the caller's to close."""
+        name = self._temporary()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return name, os.open(name, flags, 0o600, dir_fd=self._scratch)
 
     def unstage(self, name: bytes) -> None:
         os.unlink(name, dir_fd=self._scratch)
@@ -387,7 +402,9 @@ class Upper:
         """An upper part for a lower directory."""
         self._copy(directory, name, attr, xattrs, None)
 
-    def copy_special(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None) -> None:
+    def copy_special(
+        self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None
+    ) -> None:
         """A copy of a lower symbolic link (to `target`), device, FIFO or socket."""
         self._copy(directory, name, attr, xattrs, target)
 
@@ -398,8 +415,7 @@ class Upper:
         elif stat.S_ISDIR(attr.mode):
             os.mkdir(staged, 0o700, dir_fd=self._scratch)
         else:
-            real = self._real_format(attr.mode)
-            os.mknod(staged, real | 0o600, 0 if real == stat.S_IFREG else attr.rdev, dir_fd=self._scratch)
+            self._mknod(staged, attr.mode, attr.rdev)
         try:
             with self._opened(self._scratch, staged) as fd:
                 self.dress_copy(fd, attr, xattrs)
@@ -410,10 +426,11 @@ class Upper:
 
     # How things are stored
 
-    def _real_format(self, mode: int) -> int:
-        """The type a file system object gets: a plain user's devices are regular files with a record."""
-        device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
-        return stat.S_IFREG if self._is_plain and device else stat.S_IFMT(mode)
+    def _mknod(self, temporary: bytes, mode: int, rdev: int) -> None:
+        """A new object in the scratch directory: a plain user's devices are regular files with a record."""
+        if self._is_plain and (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
+            mode, rdev = stat.S_IFREG, 0
+        os.mknod(temporary, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=self._scratch)
 
     def _dress(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
         """Give a new object owner and mode."""
@@ -426,7 +443,7 @@ class Upper:
             os.chmod(_proc(fd), mode & _PERMISSIONS)
 
     def _record(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
-        """PLAIN: make mode, owner and device what is asked, in the file where it can be, else in its record."""
+        """PLAIN: make mode, owner and device what is asked, in the file itself or else in its record."""
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             if (uid, gid) != (status.st_uid, status.st_gid):
@@ -454,7 +471,7 @@ class Upper:
             mode, uid, gid, rdev = record.split(b":")
             return int(mode, 8), int(uid), int(gid), int(rdev)
         except ValueError:
-            raise StoreDamaged(f"xattr user.fusestore.stat reads {record!r}: remove it from the file") from None
+            raise StoreDamaged(f"user.fusestore.stat is {record!r}: remove that xattr") from None
 
     def _stored_name(self, name: bytes) -> bytes:
         if name.startswith(self._prefix):
@@ -479,11 +496,10 @@ class Upper:
         return stored
 
     def _temporary(self) -> bytes:
-        self._serial += 1
-        return b"%x-%x" % (id(self), self._serial)
+        return b"%x" % next(_serial)
 
     @contextlib.contextmanager
-    def _opened(self, directory: int, name: bytes):  # type: ignore[no-untyped-def]
+    def _opened(self, directory: int, name: bytes) -> Iterator[int]:
         fd = self.open(directory, name)
         try:
             yield fd

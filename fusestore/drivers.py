@@ -1,0 +1,208 @@
+"""How a container's rootfs comes into the tree. Blocking.
+
+One driver so far, **union**: the union in this process, over FUSE; for everyone, everywhere. A driver makes
+the branches of the tree that serve file trees: containers' rootfs, workdir and rundir, and the images' own.
+They are made cheaply and open what they need on first use.
+"""
+
+import contextlib
+import itertools
+import os
+import resource
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from .blobs import LayerReader
+from .images import Image
+from .inodes import Closable, Inodes, Node
+from .layerindex import LayerIndex
+from .nodes import Attr
+from .rootfs import Descriptors, Opened, Opener, Rootfs
+from .store import Store
+from .union import LayerView, Lower
+from .upper import Upper, find_scheme
+from .writable import WritableRootfs
+
+__all__ = ["DRIVERS", "UnionDriver"]
+
+_DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_EMPTY_ROOT = Attr(
+    mode=stat.S_IFDIR | 0o755,
+    uid=0,
+    gid=0,
+    size=0,
+    rdev=0,
+    nlink=2,
+    blocks=0,
+    atime_ns=0,
+    mtime_ns=0,
+    ctime_ns=0,
+)
+
+
+class _NothingHeld:
+    """What stands for a hold where nothing can be deleted behind us."""
+
+    def close(self) -> None:
+        pass
+
+
+class UnionDriver:
+    """The union in this process. One for a mount; `close` gives its scratch directory back."""
+
+    name = "union"
+
+    def __init__(self, store: Store, inodes: Inodes) -> None:
+        self._store = store
+        self._inodes = inodes
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._descriptors = Descriptors(max(64, limit // 4))
+        self._serials = itertools.count()
+        self._scratch = store.scratch()
+        self._scheme = find_scheme(self._scratch.fd)
+
+    def close(self) -> None:
+        self._scratch.close()
+
+    def upper(self, root: int) -> Upper:
+        """The upper directory at the descriptor `root`, which stays the caller's."""
+        return Upper(root, self._scratch.fd, self._scheme)
+
+    def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> WritableRootfs:
+        return self._writable(parent, _ContainerOpener(self, self._store, container_id), label)
+
+    def directory(self, path: Path, parent: Node) -> WritableRootfs:
+        """A real directory of the store's or the run directory's."""
+        return self._writable(parent, _DirectoryOpener(self, path), b"")
+
+    def image_rootfs(self, image: Image, parent: Node) -> Rootfs:
+        return self._read_only(parent, _ImageOpener(self._store, image, Lower))
+
+    def layer_rootfs(self, image: Image, number: int, parent: Node) -> Rootfs:
+        """Layer `number` of an image alone, 0 the lowest."""
+        return self._read_only(
+            parent, _ImageOpener(self._store, image, lambda layers: LayerView(layers, number))
+        )
+
+    def _writable(self, parent: Node, opener: Opener, label: bytes) -> WritableRootfs:
+        return WritableRootfs(self._inodes, self._descriptors, next(self._serials), parent, opener, label)
+
+    def _read_only(self, parent: Node, opener: Opener) -> Rootfs:
+        return Rootfs(self._inodes, self._descriptors, next(self._serials), parent, opener)
+
+
+DRIVERS: dict[str, type[UnionDriver]] = {UnionDriver.name: UnionDriver}
+"""By name; `auto` takes the first that works."""
+
+
+class _ImageOpener:
+    """The layers of an image, or one of them."""
+
+    def __init__(self, store: Store, image: Image, view: Callable[[list[LayerIndex]], Lower]) -> None:
+        self._store = store
+        self._image = image
+        self._view = view
+
+    def open(self) -> Opened:
+        layers = self._store.open_layers(self._image)
+        lower = self._view([layer.index for layer in layers])
+        return Opened(lower, [layer.reader for layer in layers], None, lambda: None)
+
+    def peek(self) -> Attr:
+        lower = self.open().lower
+        return lower.attr(lower.root) if lower.root else _EMPTY_ROOT
+
+    def hold(self) -> Closable:
+        return _NothingHeld()
+
+
+class _DirectoryOpener:
+    """A directory, as it is, in the upper's way of keeping owners."""
+
+    def __init__(self, driver: UnionDriver, path: Path) -> None:
+        self._driver = driver
+        self._path = path
+
+    def open(self) -> Opened:
+        root = os.open(self._path, _DIRECTORY_FLAGS)
+        return Opened(Lower(()), (), self._driver.upper(root), lambda: os.close(root))
+
+    def peek(self) -> Attr:
+        root = os.open(self._path, _DIRECTORY_FLAGS)
+        try:
+            return self._driver.upper(root).attr(root)
+        finally:
+            os.close(root)
+
+    def hold(self) -> Closable:
+        return _NothingHeld()
+
+
+class _ContainerOpener:
+    """An image's layers under the container's diff/, which is made when the rootfs is first entered.
+
+    Whether it is there tells whether the container can still be bound to an image.
+    """
+
+    def __init__(self, driver: UnionDriver, store: Store, container_id: str) -> None:
+        self._driver = driver
+        self._store = store
+        self._id = container_id
+
+    def open(self) -> Opened:
+        lower, readers = self._layers()
+        path = os.fsencode(self._store.upper_dir(self._id))
+        directory = os.open(os.path.dirname(path), _DIRECTORY_FLAGS)
+        try:
+            root = self._open_upper(directory, os.path.basename(path), lower)
+        finally:
+            os.close(directory)
+        return Opened(lower, readers, self._driver.upper(root), lambda: os.close(root))
+
+    def _open_upper(self, directory: int, name: bytes, lower: Lower) -> int:
+        """The upper directory: the root of the image copied up, where it is not there yet."""
+        try:
+            return os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+        except FileNotFoundError:
+            attr = lower.attr(lower.root) if lower.root else _own_root()
+            xattrs = lower.xattrs(lower.root) if lower.root else ()
+            with contextlib.suppress(FileExistsError):  # by another process, just now
+                self._driver.upper(directory).copy_directory(directory, name, attr, xattrs)
+            return os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+
+    def _layers(self) -> tuple[Lower, list[LayerReader]]:
+        image_id = self._store.container(self._id).image_id
+        if not image_id:
+            return Lower(()), []
+        layers = self._store.open_layers(self._store.image(image_id))
+        return Lower([layer.index for layer in layers]), [layer.reader for layer in layers]
+
+    def peek(self) -> Attr:
+        try:
+            root = os.open(self._store.upper_dir(self._id), _DIRECTORY_FLAGS)
+        except FileNotFoundError:
+            lower, _ = self._layers()
+            return lower.attr(lower.root) if lower.root else _own_root()
+        try:
+            return self._driver.upper(root).attr(root)
+        finally:
+            os.close(root)
+
+    def hold(self) -> Closable:
+        return self._store.hold(self._id)
+
+
+def _own_root() -> Attr:
+    """The root directory of a container without an image."""
+    now_ns = time.time_ns()
+    return replace(
+        _EMPTY_ROOT,
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        atime_ns=now_ns,
+        mtime_ns=now_ns,
+        ctime_ns=now_ns,
+    )

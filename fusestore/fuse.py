@@ -1,0 +1,356 @@
+"""The FUSE protocol's side of the tree: pyfuse3's operations. Async.
+
+A handler has three steps: decode, one call of `fusestore.tree.Tree`, encode. What the tree answers with steps
+is driven here: each blocking call runs in a worker thread while the loop serves other requests
+(`fusestore.inodes` says what may change in between: nothing of a step's).
+
+The error boundary is `_bounded`: whatever a handler raises becomes an errno there, and only there. pyfuse3
+ends the mount on any other exception; `trio.Cancelled` is not an Exception and passes.
+"""
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from types import GeneratorType
+from typing import Any, TypeVar, cast
+
+import pyfuse3
+import trio
+
+from .errors import FusestoreError, NotFound, StoreError, errno_of
+from .inodes import Caller, Changes, FileHandle, Maybe
+from .tree import Entry, Tree
+
+__all__ = ["Filesystem"]
+
+T = TypeVar("T")
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+
+_THREADS = 8
+"""Blocking calls at once. Most wait for the disk; decompression limits itself to the cores."""
+
+_log = logging.getLogger("fusestore")
+
+
+def _bounded(handler: Handler) -> Handler:
+    """The error boundary around a handler."""
+
+    @functools.wraps(handler)
+    async def bounded(*arguments: Any) -> Any:
+        try:
+            return await handler(*arguments)
+        except Exception as error:
+            _report(handler.__name__, error)
+            raise pyfuse3.FUSEError(errno_of(error)) from None
+
+    return cast(Handler, bounded)
+
+
+def _report(operation: str, error: Exception) -> None:
+    """Log what the user's errno does not tell: a line for a damaged store, a traceback for the unforeseen."""
+    if isinstance(error, StoreError):
+        _log.error("%s: %s", operation, error)
+    elif not isinstance(error, (FusestoreError, OSError)):
+        _log.error("%s failed unforeseen", operation, exc_info=error)
+
+
+class Filesystem(pyfuse3.Operations):
+    """One mounted tree. Requests arrive in one thread, the event loop's."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = True
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__()
+        self.tree = tree
+        self.waiting = 0
+        """Requests that wait for a worker thread now."""
+        self._limiter = trio.CapacityLimiter(_THREADS)
+
+    async def _finish(self, result: Maybe[T]) -> T:
+        """The result of an operation of the tree, its steps taken in worker threads."""
+        if not isinstance(result, GeneratorType):
+            return cast(T, result)
+        self.waiting += 1
+        try:
+            call = next(result)
+            while True:
+                try:
+                    value = await trio.to_thread.run_sync(call, limiter=self._limiter)
+                except Exception as error:
+                    call = result.throw(error)
+                else:
+                    call = result.send(value)
+        except StopIteration as stop:
+            return cast(T, stop.value)
+        finally:
+            self.waiting -= 1
+
+    # Names
+
+    @_bounded
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        try:
+            return _encode(await self._finish(self.tree.lookup(parent_inode, name)))
+        except NotFound:
+            timeout_s = self.tree.absence_timeout_s(parent_inode)
+            if timeout_s == 0:
+                raise
+            return _encode_absence(timeout_s)
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        self.tree.forget(inode_list)
+
+    @_bounded
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        return pyfuse3.FileNameT(await self._finish(self.tree.readlink(inode)))
+
+    # Attributes
+
+    @_bounded
+    async def getattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _encode(self.tree.getattr(inode))
+
+    @_bounded
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        changes = _decode_changes(attr, fields)
+        return _encode(await self._finish(self.tree.setattr(inode, changes, fh, _caller(ctx))))
+
+    @_bounded
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        return await self._finish(self.tree.getxattr(inode, name))
+
+    @_bounded
+    async def listxattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> Sequence[pyfuse3.XAttrNameT]:
+        return cast(Sequence[pyfuse3.XAttrNameT], await self._finish(self.tree.listxattr(inode)))
+
+    @_bounded
+    async def setxattr(
+        self,
+        inode: pyfuse3.InodeT,
+        name: pyfuse3.XAttrNameT,
+        value: bytes,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        await self._finish(self.tree.setxattr(inode, name, value))
+
+    @_bounded
+    async def removexattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        await self._finish(self.tree.removexattr(inode, name))
+
+    @_bounded
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        data = pyfuse3.StatvfsData()
+        for field, value in zip(_STATVFS_FIELDS, self.tree.statfs(), strict=True):
+            setattr(data, field, value)
+        return data
+
+    # Making, removing, moving
+
+    @_bounded
+    async def mknod(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        rdev: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return _encode(await self._finish(self.tree.mknod(parent_inode, name, mode, rdev, _caller(ctx))))
+
+    @_bounded
+    async def mkdir(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return _encode(await self._finish(self.tree.mkdir(parent_inode, name, mode, _caller(ctx))))
+
+    @_bounded
+    async def symlink(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        target: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return _encode(await self._finish(self.tree.symlink(parent_inode, name, target, _caller(ctx))))
+
+    @_bounded
+    async def link(
+        self,
+        inode: pyfuse3.InodeT,
+        new_parent_inode: pyfuse3.InodeT,
+        new_name: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return _encode(await self._finish(self.tree.link(inode, new_parent_inode, new_name)))
+
+    @_bounded
+    async def unlink(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        await self._finish(self.tree.unlink(parent_inode, name))
+
+    @_bounded
+    async def rmdir(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        await self._finish(self.tree.rmdir(parent_inode, name))
+
+    @_bounded
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: pyfuse3.FileNameT,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: pyfuse3.FileNameT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        moved = self.tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        await self._finish(moved)
+
+    # Files
+
+    @_bounded
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        return _encode_open(*await self._finish(self.tree.open(inode, flags, _caller(ctx))))
+
+    @_bounded
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        created = self.tree.create(parent_inode, name, mode, flags, _caller(ctx))
+        number, handle, entry = await self._finish(created)
+        return _encode_open(number, handle), _encode(entry)
+
+    @_bounded
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        return await self._finish(self.tree.read(fh, off, size))
+
+    @_bounded
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        return await self._finish(self.tree.write(fh, off, buf))
+
+    @_bounded
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        await self._finish(self.tree.flush(fh))
+
+    @_bounded
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        await self._finish(self.tree.fsync(fh, datasync))
+
+    @_bounded
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        await self._finish(self.tree.release(fh))
+
+    # Directories
+
+    @_bounded
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        return pyfuse3.FileHandleT(await self._finish(self.tree.opendir(inode)))
+
+    @_bounded
+    async def readdir(
+        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
+    ) -> None:
+        def emit(name: bytes, entry: Entry, position: int) -> bool:
+            return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _encode(entry), position)
+
+        await self._finish(self.tree.readdir(fh, start_id, emit))
+
+    @_bounded
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        await self._finish(self.tree.fsyncdir(fh))
+
+    @_bounded
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        self.tree.releasedir(fh)
+
+
+_STATVFS_FIELDS = (
+    "f_bsize",
+    "f_frsize",
+    "f_blocks",
+    "f_bfree",
+    "f_bavail",
+    "f_files",
+    "f_ffree",
+    "f_favail",
+    "f_namemax",
+)
+
+
+def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask)
+
+
+def _decode_changes(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> Changes:
+    return Changes(
+        mode=attr.st_mode if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size=attr.st_size if fields.update_size else None,
+        atime_ns=attr.st_atime_ns if fields.update_atime else None,
+        mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+    )
+
+
+def _encode(entry: Entry) -> pyfuse3.EntryAttributes:
+    node, attr = entry
+    encoded = pyfuse3.EntryAttributes()
+    encoded.st_ino = pyfuse3.InodeT(node.ino)
+    encoded.entry_timeout = node.entry_timeout_s
+    encoded.attr_timeout = node.attr_timeout_s
+    encoded.st_mode = pyfuse3.ModeT(attr.mode)
+    encoded.st_nlink = attr.nlink
+    encoded.st_uid = attr.uid
+    encoded.st_gid = attr.gid
+    encoded.st_rdev = attr.rdev
+    encoded.st_size = attr.size
+    encoded.st_blocks = attr.blocks
+    encoded.st_atime_ns = attr.atime_ns
+    encoded.st_mtime_ns = attr.mtime_ns
+    encoded.st_ctime_ns = attr.ctime_ns
+    return encoded
+
+
+def _encode_absence(timeout_s: float) -> pyfuse3.EntryAttributes:
+    """An entry with inode 0: the kernel remembers that the name is missing (fuse_lowlevel.h)."""
+    encoded = pyfuse3.EntryAttributes()
+    encoded.st_ino = pyfuse3.InodeT(0)
+    encoded.entry_timeout = timeout_s
+    return encoded
+
+
+def _encode_open(number: int, handle: FileHandle) -> pyfuse3.FileInfo:
+    return pyfuse3.FileInfo(
+        fh=pyfuse3.FileHandleT(number), direct_io=handle.direct_io, keep_cache=handle.keep_cache
+    )

@@ -1,0 +1,217 @@
+"""One mount's life: start, serve, signals, unmount. Async.
+
+pyfuse3 serves requests in trio tasks. Waiting for the next request through trio costs more than most requests
+themselves; `_RequestWait` stands in for the few names of trio that pyfuse3 uses and asks poll(2) first.
+It must never read a request that is not there (the read would block the loop), nor keep worker threads and
+timers waiting: both rules are in `_RequestWait.wait_readable`.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import select
+import signal
+import subprocess
+import time
+import types
+from collections.abc import Callable
+
+import pyfuse3
+import trio
+
+from .drivers import DRIVERS, UnionDriver
+from .errors import BadInput, Busy, FusestoreError, NotFound
+from .fuse import Filesystem
+from .inodes import Inodes
+from .store import Store
+from .synthetic import Owner
+from .syscalls import umount2
+from .tree import Tree
+
+__all__ = ["run", "unmount"]
+
+_log = logging.getLogger("fusestore")
+
+_SLICE_S = 0.002
+"""How long requests may be served in a row before the other tasks have their turn."""
+_PATIENCE_MS = 1
+"""How long to block the loop for the next request while no other task could do anything."""
+_UNMOUNT_TIMEOUT_S = 60.0
+_LEAVE = "leave it and close its files, then try again"
+
+
+class _NoLock:
+    """pyfuse3 guards its wait with a lock, which `_RequestWait` does better."""
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+class _RequestWait:
+    """Stands in for ``trio.lowlevel`` in pyfuse3: waits for requests with poll(2) first, then with trio."""
+
+    def __init__(self, filesystem: Filesystem) -> None:
+        self._filesystem = filesystem
+        self._poll = select.poll()
+        self._fd = -1
+        self._slice_end = 0.0
+        self._lock = trio.Lock()
+        self.current_task = trio.lowlevel.current_task
+        self.current_trio_token = trio.lowlevel.current_trio_token
+        self.notify_closing = trio.lowlevel.notify_closing
+
+    async def wait_readable(self, fd: int) -> None:
+        """Return when a request can be read without blocking; until the caller reads, no other task runs."""
+        if self._fd != fd:
+            self._poll.register(fd, select.POLLIN)
+            self._fd = fd
+        if time.monotonic() > self._slice_end:
+            await trio.lowlevel.checkpoint()
+            self._slice_end = time.monotonic() + _SLICE_S
+        if self._poll.poll(0 if self._others_can_run() else _PATIENCE_MS):
+            return
+        async with self._lock:  # one task at a time may wait for a descriptor in trio
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                if self._poll.poll(0):  # unless another task has read that request meanwhile
+                    break
+        self._slice_end = time.monotonic() + _SLICE_S
+
+    def _others_can_run(self) -> bool:
+        if self._filesystem.waiting:
+            return True
+        statistics = trio.lowlevel.current_statistics()
+        return statistics.tasks_runnable > 0 or statistics.seconds_to_next_deadline < 2 * _PATIENCE_MS / 1000
+
+
+def _stand_in(filesystem: Filesystem) -> types.SimpleNamespace:
+    """What pyfuse3 looks up in its own name `trio` at each call (pyfuse3.asyncio swaps it too)."""
+    return types.SimpleNamespace(
+        lowlevel=_RequestWait(filesystem),
+        Lock=_NoLock,
+        open_nursery=trio.open_nursery,
+        ClosedResourceError=trio.ClosedResourceError,
+    )
+
+
+def run(
+    store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready: Callable[[], None]
+) -> None:
+    """Mount the store's tree and serve it until it is unmounted; `ready` is called once it answers.
+
+    SIGTERM and SIGINT unmount. `driver` is a name of DRIVERS, or ``auto``. Raises FusestoreError where it
+    cannot be mounted. Only one mount can be served by a process (pyfuse3).
+    """
+    if driver != "auto" and driver not in DRIVERS:
+        raise BadInput(f"no driver {driver}: use auto, {', '.join(DRIVERS)}")
+    chosen = DRIVERS[next(iter(DRIVERS)) if driver == "auto" else driver]
+    _log.info("driver %s (asked for: %s)", chosen.name, driver)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    mountpoint = os.path.realpath(mountpoint)
+    with contextlib.ExitStack() as stack:
+        trash = _Trash(store)
+
+        def make_driver(store: Store, inodes: Inodes) -> UnionDriver:
+            driver = chosen(store, inodes)
+            stack.callback(driver.close)
+            return driver
+
+        tree = Tree(store, make_driver, Owner(os.geteuid(), os.getegid()), trash.wake)
+        filesystem = Filesystem(tree)
+        stack.callback(setattr, pyfuse3, "trio", pyfuse3.trio)
+        pyfuse3.trio = _stand_in(filesystem)
+        try:
+            pyfuse3.init(filesystem, mountpoint, _options(allow_other))
+        except RuntimeError as error:
+            raise FusestoreError(f"{mountpoint} could not be mounted: {error}") from None
+        stack.callback(pyfuse3.close)
+        record = store.record_mount(mountpoint, os.getpid(), chosen.name)
+        stack.callback(record.close)
+        trio.run(_serve, mountpoint, trash, ready)
+    _log.info("unmounted %s", mountpoint)
+
+
+def _options(allow_other: bool) -> set[str]:
+    """Mount options (mount.fuse3(8)).
+
+    Who may do what is checked by the kernel, from the modes shown, as soon as others than the mounting user
+    can come. A plain user's own mount is not checked: alone in it, they are to its files what root is.
+    """
+    options = {"fsname=fusestore", "subtype=fusestore"}
+    if allow_other:
+        options |= {"allow_other", "default_permissions"}
+    elif os.geteuid() == 0:
+        options.add("default_permissions")
+    return options
+
+
+class _Trash:
+    """Empties the store's trash in the background, one worker at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._wanted = trio.Event()
+
+    def wake(self) -> None:
+        self._wanted.set()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await trio.to_thread.run_sync(self._store.empty_trash)
+            except OSError as error:
+                _log.warning("trash: %s", error)
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+
+
+async def _serve(mountpoint: str, trash: _Trash, ready: Callable[[], None]) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_unmount_on_signal)
+        nursery.start_soon(_announce, mountpoint, ready)
+        nursery.start_soon(trash.run)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
+    await trio.to_thread.run_sync(os.stat, mountpoint)
+    _log.info("mounted %s", mountpoint)
+    ready()
+
+
+async def _unmount_on_signal() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            _log.info("signal %d: unmounting", number)
+            pyfuse3.terminate()
+            return
+
+
+def unmount(store: Store, mountpoint: str) -> None:
+    """Unmount and wait until the daemon has gone and everything is on disk.
+
+    Raises NotFound where nothing of this store is mounted, Busy while something in it is in use.
+    """
+    real = os.path.realpath(mountpoint)
+    if all(record.mountpoint != real for record in store.mounts()):
+        raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
+    if os.geteuid() == 0:
+        try:
+            umount2(os.fsencode(real))
+        except OSError as error:
+            raise Busy(f"{mountpoint}: {error.strerror}: {_LEAVE}") from None
+    else:
+        done = subprocess.run(["fusermount3", "-u", real], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Busy(f"{mountpoint}: {done.stderr.strip()}: {_LEAVE}")
+    deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
+    while any(record.mountpoint == real for record in store.mounts()):
+        if time.monotonic() > deadline:
+            raise Busy(f"{mountpoint} is unmounted but its process still runs: see its log")
+        time.sleep(0.01)

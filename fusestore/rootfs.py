@@ -1,0 +1,534 @@
+"""A file tree served from layers and, where there is one, an upper directory: looking and reading. Blocking.
+
+An `Object` is one file, directory … of the tree, whether it lies in a layer, in the upper or (a directory) in
+both. Its identity, and with it the inode number, is where its content lies: a reference into a layer or an
+inode of the upper; copy-up moves the object from the one to the other and keeps the number. Numbers are made
+of the place, so that they are the same after the kernel forgot and asked again.
+
+What a name leads to is always asked of `union.over`; objects hold no list of their children. An object whose
+last name is gone (an orphan) keeps its descriptor and answers until the kernel forgets it.
+
+`fusestore.writable` adds the changes.
+"""
+
+import contextlib
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
+
+from .blobs import LayerReader
+from .errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
+from .inodes import FOREVER_S, Branch, Caller, Closable, FileHandle, Inodes, Maybe, Node, Steps
+from .nodes import Attr, Extent, Inode, Xattrs
+from .union import Lower, Ref, Stack, over
+from .upper import Upper
+
+__all__ = ["Descriptors", "Object", "OpenFile", "Opened", "Opener", "Resolved", "Rootfs"]
+
+_SELINUX = b"security.selinux"
+_SERIAL_LIMIT = 1 << 21
+_LAYER_OF_UPPER = 511
+
+
+class Resolved(NamedTuple):
+    """What a name leads to."""
+
+    key: Ref | int
+    """Where it lies: a reference into a layer, or the inode number in the file system of the upper."""
+    stack: Stack
+    """The lower object, or the lower directories merged under an upper one."""
+    format: int
+    """S_IFMT bits."""
+
+
+class Object(Node):
+    """A file, directory, link … of a rootfs."""
+
+    __slots__ = ("fd", "format", "in_upper", "is_orphan", "key", "name", "parent", "stack", "version")
+
+    def __init__(
+        self, branch: "Rootfs", ino: Inode, parent: "Object | None", name: bytes, what: Resolved
+    ) -> None:
+        super().__init__(branch, ino)
+        self.parent = parent
+        self.name = name
+        """Together with `parent` a name that leads here, unless `is_orphan` or the descriptor is pinned."""
+        self.key = what.key
+        self.format = what.format
+        self.stack = what.stack
+        self.in_upper = isinstance(what.key, int)
+        self.fd = -1
+        """O_PATH descriptor of an upper object, or -1: then `Rootfs.descriptor` opens it."""
+        self.is_orphan = False
+        self.version = 0
+        """Of a directory: counts its changes."""
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Descriptors:
+    """The objects with an open descriptor that can be opened again, the least recently used first."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._open: OrderedDict[Object, None] = OrderedDict()
+
+    def used(self, thing: Object) -> None:
+        """`thing` has a descriptor and it was just used; the one not used for longest may be closed."""
+        self._open[thing] = None
+        self._open.move_to_end(thing)
+        if len(self._open) > self._capacity:
+            oldest, _ = self._open.popitem(last=False)
+            os.close(oldest.fd)
+            oldest.fd = -1
+
+    def discard(self, thing: Object) -> None:
+        """The descriptor of `thing` must stay open, or is closed by whoever calls."""
+        self._open.pop(thing, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a rootfs is served from. `close` gives up the descriptors; called once."""
+
+    lower: Lower
+    readers: Sequence[LayerReader]
+    """One for each layer of `lower`."""
+    upper: Upper | None
+    close: Callable[[], None]
+
+
+class Opener(Protocol):
+    """Where a rootfs comes from."""
+
+    def open(self) -> Opened:
+        """Blocking, in a worker thread."""
+
+    def peek(self) -> Attr:
+        """Attributes of the root before it is opened; quick."""
+
+    def hold(self) -> Closable:
+        """Keep the container from being deleted while something is open in it. Raises Busy."""
+
+
+class OpenFile(FileHandle):
+    """An open regular file. One opened in a layer follows its object when that is copied up."""
+
+    __slots__ = ("_extents", "_fd", "_reader", "_size", "branch", "node")
+
+    def __init__(self, branch: "Rootfs", node: Object, fd: int) -> None:
+        self.branch = branch
+        self.node: Object = node
+        self._fd = fd
+        if fd < 0:
+            self._reader, self._extents, self._size = branch.content(node)
+
+    def read(self, offset: int, size: int) -> Maybe[bytes]:
+        if self._fd < 0 and self.node.in_upper:
+            self._fd = self.branch.reopen(self.node, os.O_RDONLY)
+        if self._fd >= 0:
+            return os.pread(self._fd, size, offset)
+        size = min(size, self._size - offset)
+        if size <= 0:
+            return b""
+        extents = self._extents
+        if len(extents) == 1 and extents[0].length == self._size:
+            source = extents[0].source + offset
+            data = self._reader.read_now(source, size)
+            return self._read_decoded(source, size) if data is None else data
+        return self._read_sparse(offset, size)
+
+    def _read_decoded(self, source: int, size: int) -> Steps[bytes]:
+        data: bytes = yield lambda: self._reader.read(source, size)
+        return data
+
+    def _read_sparse(self, offset: int, size: int) -> Steps[bytes]:
+        data: bytes = yield lambda: read_extents(self._reader, self._extents, offset, size)
+        return data
+
+    def write(self, offset: int, data: bytes) -> int:
+        return os.pwrite(self._fd, data, offset)
+
+    def fsync(self, datasync: bool) -> Maybe[None]:
+        return self._sync(os.fdatasync if datasync else os.fsync) if self._fd >= 0 else None
+
+    def _sync(self, sync: Callable[[int], None]) -> Steps[None]:
+        yield lambda: sync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self.branch.end_use()
+
+
+def read_extents(reader: LayerReader, extents: Sequence[Extent], offset: int, size: int) -> bytes:
+    """`size` bytes at `offset` of a sparse file that reaches that far. Blocking."""
+    result = bytearray(size)
+    for extent in extents:
+        start = max(offset, extent.offset)
+        end = min(offset + size, extent.offset + extent.length)
+        if start < end:
+            data = reader.read(extent.source + start - extent.offset, end - start)
+            result[start - offset : end - offset] = data
+    return bytes(result)
+
+
+class Rootfs(Branch):
+    """A read-only tree of layers. Opened on first use; `detach` ends it."""
+
+    absence_timeout_s = FOREVER_S
+
+    def __init__(
+        self,
+        inodes: Inodes,
+        descriptors: Descriptors,
+        serial: int,
+        outer: Node,
+        opener: Opener,
+        label: bytes = b"",
+    ) -> None:
+        """`serial` tells the trees of a mount apart in inode numbers; `outer` is what '..' of the root is."""
+        self.label = label
+        """Shown as security.selinux on what carries none; empty for nothing."""
+        self._inodes = inodes
+        self._descriptors = descriptors
+        self._serial = serial
+        self._outer = outer
+        self._opener = opener
+        self._opened: Opened | None = None
+        self._is_detached = False
+        self._uses = 0
+        self._hold: Closable | None = None
+        self._objects: WeakValueDictionary[Ref | int, Object] = WeakValueDictionary()
+        self._subdirectories: dict[Inode, int] = {}
+        self.root = RootObject(self, inodes.number(), None, b"", Resolved(-1, (), stat.S_IFDIR))
+
+    # Life
+
+    @property
+    def ready(self) -> bool:
+        return self._opened is not None
+
+    def prepare(self) -> Steps[None]:
+        if self._is_detached:
+            raise Stale("the container is gone")
+        opened = yield self._opener.open
+        if self._opened is not None or self._is_detached:
+            opened.close()
+            return
+        self._opened = opened
+        self.root.stack = opened.lower.root
+        self.root.in_upper = opened.upper is not None
+        if opened.upper is not None:
+            self.root.fd = opened.upper.root
+
+    @property
+    def attached(self) -> bool:
+        return self._opened is not None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a file or directory is open in it."""
+        return self._uses > 0
+
+    def detach(self) -> None:
+        """Give up all descriptors. What the kernel still knows of the tree answers ESTALE."""
+        self._is_detached = True
+        self._release()
+
+    def _release(self) -> None:
+        for thing in self._objects.values():
+            self._close_descriptor(thing)
+        self.root.fd = -1
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.close()
+
+    def _close_descriptor(self, thing: Object) -> None:
+        self._descriptors.discard(thing)
+        if thing.fd >= 0:
+            os.close(thing.fd)
+            thing.fd = -1
+
+    def begin_use(self) -> None:
+        """Something is opened. Raises Busy while the container is being deleted."""
+        if self._uses == 0:
+            self._hold = self._opener.hold()
+        self._uses += 1
+
+    def end_use(self) -> None:
+        self._uses -= 1
+        if self._uses == 0 and self._hold is not None:
+            self._hold.close()
+            self._hold = None
+
+    @property
+    def opened(self) -> Opened:
+        if self._opened is None:
+            raise Stale("the container is gone")
+        return self._opened
+
+    @property
+    def _lower(self) -> Lower:
+        return self.opened.lower
+
+    # Names
+
+    def lookup(self, node: Node, name: bytes) -> Object:
+        child = self.child(_object(node), name)
+        if child is None:
+            raise NotFound("no such file or directory")
+        return child
+
+    def child(self, directory: Object, name: bytes) -> Object | None:
+        """The object called `name` now; None when there is none."""
+        what = self.resolve(directory, name)
+        return None if what is None else self.materialize(directory, name, what)
+
+    def resolve(self, directory: Object, name: bytes) -> Resolved | None:
+        """What `name` leads to, without making an object of it."""
+        if directory.is_orphan:
+            return None
+        opened = self.opened
+        found = None
+        if directory.in_upper and opened.upper is not None:
+            found = opened.upper.find(self.descriptor(directory), name)
+        merged = over(found.entry if found else None, opened.lower, directory.stack, name)
+        if merged is None:
+            return None
+        if merged.in_upper and found is not None:
+            return Resolved(found.ino, merged.lower, found.format)
+        return self._resolved_lower(merged.lower)
+
+    def _resolved_lower(self, stack: Stack) -> Resolved:
+        return Resolved(stack[0], stack, stat.S_IFMT(self._lower.mode(stack)))
+
+    def materialize(self, directory: Object, name: bytes, what: Resolved) -> Object:
+        """The one object for what `name` was found to be."""
+        thing = self._objects.get(what.key)
+        if thing is None or thing.format != what.format:
+            thing = Object(self, self._inodes.number(self._number(what.key)), directory, name, what)
+            self._objects[what.key] = thing
+        else:
+            thing.parent, thing.name = directory, name
+        return thing
+
+    def _number(self, key: Ref | int) -> int | None:
+        """An inode number made of the place: 21 bits of tree, 9 of layer, 32 of inode there."""
+        layer, ino = (_LAYER_OF_UPPER, key) if isinstance(key, int) else key
+        if self._serial >= _SERIAL_LIMIT or layer > _LAYER_OF_UPPER or ino >= 1 << 32:
+            return None
+        return (self._serial + 1) << 41 | layer << 32 | ino
+
+    def listing(self, node: Node) -> Maybe[list[tuple[bytes, Any]]]:
+        directory = _object(node)
+        if directory.is_orphan:
+            return []
+        return [(name, (directory.version, what)) for name, what in self.contents(directory).items()]
+
+    def contents(self, directory: Object) -> dict[bytes, Resolved]:
+        """Every name of a directory and what it leads to; the lower's first."""
+        opened = self.opened
+        lower = opened.lower.listing(directory.stack) if directory.stack else {}
+        names = {name: self._resolved_lower(stack) for name, stack in lower.items()}
+        if directory.in_upper and opened.upper is not None:
+            for name, found in opened.upper.listing(self.descriptor(directory)):
+                merged = over(found.entry, opened.lower, directory.stack, name)
+                if merged is None:
+                    names.pop(name, None)
+                else:
+                    names[name] = Resolved(found.ino, merged.lower, found.format)
+        return names
+
+    def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
+        directory = _object(node)
+        version, what = token
+        if version == directory.version:
+            return self.materialize(directory, name, what)
+        return self.child(directory, name)
+
+    def parent(self, node: Node) -> Node:
+        return _object(node).parent or self._outer
+
+    # Attributes
+
+    def attr(self, node: Node) -> Attr:
+        thing = _object(node)
+        if self._opened is None:
+            return self._opener.peek()
+        if thing.in_upper and self._opened.upper is not None:
+            attr = self._opened.upper.attr(self.descriptor(thing))
+            is_merged = bool(thing.stack) and thing.format == stat.S_IFDIR
+            return replace(attr, nlink=2 + self._count_subdirectories(thing)) if is_merged else attr
+        attr = self._opened.lower.attr(thing.stack)
+        if thing.is_orphan:
+            return replace(attr, nlink=0)
+        if attr.nlink > 1 and thing.format != stat.S_IFDIR and self._opened.upper is not None:
+            return replace(attr, nlink=max(1, len(self.places(thing))))
+        return attr
+
+    def _count_subdirectories(self, directory: Object) -> int:
+        if directory.is_orphan:
+            return -2
+        count = self._subdirectories.get(directory.ino)
+        if count is None:
+            count = sum(what.format == stat.S_IFDIR for what in self.contents(directory).values())
+            self._subdirectories[directory.ino] = count
+        return count
+
+    def places(self, thing: Object) -> list[tuple[Object, bytes]]:
+        """Every (directory, name) that leads to a lower non-directory now.
+
+        A hard link in a directory that was renamed since is found only by the name `thing` is known by.
+        """
+        ref = thing.stack[0]
+        found = []
+        for path in self._lower.paths(ref):
+            directory = self.walk(os.path.dirname(path))
+            name = os.path.basename(path)
+            if directory is not None and (what := self.resolve(directory, name)) and what.key == ref:
+                found.append((directory, name))
+        if not found and thing.parent is not None:
+            what = self.resolve(thing.parent, thing.name)
+            if what is not None and what.key == ref:
+                found.append((thing.parent, thing.name))
+        return found
+
+    def walk(self, path: bytes) -> Object | None:
+        """The directory at `path` of this tree, no link followed; None when there is none."""
+        directory: Object = self.root
+        for name in path.split(b"/"):
+            if name:
+                what = self.resolve(directory, name)
+                if what is None or what.format != stat.S_IFDIR:
+                    return None
+                directory = self.materialize(directory, name, what)
+        return directory
+
+    def readlink(self, node: Node) -> bytes:
+        thing = _object(node)
+        upper = self.opened.upper
+        if thing.in_upper and upper is not None:
+            return upper.readlink(self.descriptor(thing))
+        return self._lower.target(thing.stack)
+
+    def xattrs(self, node: Node) -> Xattrs:
+        thing = _object(node)
+        upper = self.opened.upper
+        if thing.in_upper and upper is not None:
+            shown = upper.xattrs(self.descriptor(thing))
+        else:
+            shown = self._lower.xattrs(thing.stack)
+        if self.label and all(name != _SELINUX for name, _ in shown):
+            shown = (*shown, (_SELINUX, self.label))
+        return shown
+
+    def xattr(self, node: Node, name: bytes) -> bytes:
+        thing = _object(node)
+        upper = self.opened.upper
+        if thing.in_upper and upper is not None:
+            with contextlib.suppress(NoAttribute):
+                return upper.xattr(self.descriptor(thing), name)
+        else:
+            for known, value in self._lower.xattrs(thing.stack):
+                if known == name:
+                    return value
+        if name == _SELINUX and self.label:
+            return self.label
+        raise NoAttribute("no such attribute")
+
+    # Content
+
+    def open(self, node: Node, flags: int, caller: Caller) -> Maybe[FileHandle]:
+        thing = _object(node)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise ReadOnly("images are read-only")
+        return self.open_for(thing, os.O_RDONLY)
+
+    def open_for(self, thing: Object, flags: int) -> OpenFile:
+        """An open file that counts as use; lower files with O_RDONLY only."""
+        if thing.format == stat.S_IFDIR:
+            raise IsADirectory("is a directory")
+        self.begin_use()
+        try:
+            return OpenFile(self, thing, self.reopen(thing, flags) if thing.in_upper else -1)
+        except BaseException:
+            self.end_use()
+            raise
+
+    def reopen(self, thing: Object, flags: int) -> int:
+        """A descriptor for the content of an upper file, the caller's to close."""
+        upper = self.opened.upper
+        if upper is None:
+            raise ReadOnly("images are read-only")
+        return upper.reopen(self.descriptor(thing), flags)
+
+    def content(self, thing: Object) -> tuple[LayerReader, tuple[Extent, ...], int]:
+        """Where the content of a lower file lies: reader, extents, size."""
+        ref = thing.stack[0]
+        index = self._lower.layers[ref.layer]
+        return self.opened.readers[ref.layer], index.extents(ref.ino), index.attr(ref.ino).size
+
+    def opened_dir(self, node: Node) -> Maybe[None]:
+        self.begin_use()
+        return None
+
+    def closed_dir(self, node: Node) -> None:
+        self.end_use()
+
+    # Descriptors
+
+    def descriptor(self, thing: Object) -> int:
+        """An O_PATH descriptor of an upper object; it stays the object's."""
+        if thing.fd >= 0:
+            if thing.parent is not None and not thing.is_orphan:
+                self._descriptors.used(thing)
+            return thing.fd
+        chain = []
+        at: Object | None = thing
+        while at is not None and at.fd < 0:
+            chain.append(at)
+            at = at.parent
+        upper = self.opened.upper
+        if at is None or upper is None:
+            raise Stale("the container is gone")
+        fd = at.fd
+        for below in reversed(chain):
+            fd = below.fd = upper.open(fd, below.name)
+            self._descriptors.used(below)
+        return fd
+
+    def forgotten(self, node: Node) -> None:
+        thing = _object(node)
+        self._subdirectories.pop(thing.ino, None)
+        if thing is not self.root:
+            self._close_descriptor(thing)
+        elif not self.in_use and not any(known.lookups for known in self._objects.values()):
+            self._release()  # opened again when somebody comes back
+
+
+class RootObject(Object):
+    """The root of a rootfs. Until that is opened its attributes are a guess the kernel must not keep.
+
+    Its descriptor belongs to what `Opener.open` gave.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        pass
+
+    @property
+    def attr_timeout_s(self) -> float:  # type: ignore[override]
+        return FOREVER_S if self.branch.ready else 0.0
+
+
+def _object(node: Node) -> Object:
+    assert isinstance(node, Object)
+    return node

@@ -1,0 +1,436 @@
+"""The changes in a container's rootfs: what write(2), rename(2) and the like do to the upper. Blocking.
+
+Everything that is changed is copied up first, with its directories. The steps of a change are ordered so that
+whenever they stop, the union shows the tree before or after it:
+
+* a copy is made whole in the scratch directory, then renamed into place;
+* a removal of what a layer has is one rename of a whiteout over it;
+* a directory moves with its redirect already set: until it has moved, the redirect names where it is.
+
+Copying up a file copies up all its hard links, as links of one file (overlayfs does so with index=on, by
+other means): whoever opens another name sees the same file. Between the first link and the last a crash
+leaves the other names with the old file, whose content is the same.
+
+Directories that the copied object lies in keep their times (fs/overlayfs/copy_up.c, ovl_set_timestamps).
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+
+from .blobs import LayerReader
+from .errors import BadInput, Exists, IsADirectory, NoSpace, NotADirectory, NotEmpty, NotFound, ReadOnly
+from .inodes import Caller, Changes, FileHandle, Maybe, Node, Steps
+from .nodes import Extent
+from .rootfs import Object, OpenFile, Rootfs
+from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from .upper import Upper
+
+__all__ = ["WritableRootfs"]
+
+_COPY_CHUNK = 1 << 20
+
+
+class WritableRootfs(Rootfs):
+    """A rootfs over an upper directory."""
+
+    @property
+    def _upper(self) -> Upper:
+        upper = self.opened.upper
+        if upper is None:
+            raise ReadOnly("images are read-only")
+        return upper
+
+    # Files
+
+    def open(self, node: Node, flags: int, caller: Caller) -> Maybe[FileHandle]:
+        thing = _thing(node)
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        truncates = flags & os.O_TRUNC
+        if not writes and not truncates:
+            return self.open_for(thing, os.O_RDONLY)
+        if thing.in_upper:
+            return self._open_upper(thing, truncates)
+        return self._open_copied(thing, truncates)
+
+    def _open_copied(self, thing: Object, truncates: int) -> Steps[FileHandle]:
+        self.begin_use()
+        try:
+            yield from self.copy_up(thing, 0 if truncates else None)
+            return self._open_upper(thing, truncates)
+        finally:
+            self.end_use()
+
+    def _open_upper(self, thing: Object, truncates: int) -> OpenFile:
+        # Always for reading too: with the writeback cache the kernel reads the page it writes a part of, and
+        # O_APPEND is its own business (fuse.rst).
+        return self.open_for(thing, os.O_RDWR | truncates)
+
+    def create(
+        self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> Maybe[tuple[Node, FileHandle]]:
+        directory = _thing(node)
+        replaces = self._vacant(directory, name)
+        uid, gid, mode = self._ownership(directory, mode, caller)
+        self.begin_use()
+        try:
+            fd = self._upper.make_file(self.descriptor(directory), name, mode, uid, gid, replaces)
+        except BaseException:
+            self.end_use()
+            raise
+        child = self._made(directory, name)
+        return child, OpenFile(self, child, fd)
+
+    def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:
+        directory = _thing(node)
+        replaces = self._vacant(directory, name)
+        uid, gid, mode = self._ownership(directory, mode, caller)
+        self._upper.make_node(self.descriptor(directory), name, mode, rdev, uid, gid, replaces)
+        return self._made(directory, name)
+
+    def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> Node:
+        directory = _thing(node)
+        replaces = self._vacant(directory, name)
+        uid, gid, mode = self._ownership(directory, stat.S_IFDIR | mode, caller)
+        self._upper.make_directory(self.descriptor(directory), name, mode, uid, gid, replaces)
+        return self._made(directory, name)
+
+    def symlink(self, node: Node, name: bytes, target: bytes, caller: Caller) -> Node:
+        directory = _thing(node)
+        replaces = self._vacant(directory, name)
+        uid, gid, _ = self._ownership(directory, stat.S_IFLNK, caller)
+        self._upper.make_symlink(self.descriptor(directory), name, target, uid, gid, replaces)
+        return self._made(directory, name)
+
+    def link(self, node: Node, new_parent: Node, name: bytes) -> Steps[Node]:
+        thing, directory = _thing(node), _thing(new_parent)
+        yield from self.copy_up(thing)
+        if thing.is_orphan:
+            raise NotFound("no such file or directory")
+        replaces = self._vacant(directory, name)
+        self._upper.link(self.descriptor(thing), self.descriptor(directory), name, replaces)
+        return self._made(directory, name)
+
+    def _vacant(self, directory: Object, name: bytes) -> bool:
+        """Make sure that `name` can be made in `directory`, now in the upper; True if a whiteout is there."""
+        if directory.is_orphan:
+            raise NotFound("no such file or directory")
+        if self.resolve(directory, name) is not None:
+            raise Exists("file exists")
+        self._copy_up_directory(directory)
+        return self._upper.find(self.descriptor(directory), name) is not None
+
+    def _ownership(self, directory: Object, mode: int, caller: Caller) -> tuple[int, int, int]:
+        """uid, gid and mode of something new: a set-group-ID directory passes on its group (inode(7))."""
+        parent = self.attr(directory)
+        if not parent.mode & stat.S_ISGID:
+            return caller.uid, caller.gid, mode
+        return caller.uid, parent.gid, mode | stat.S_ISGID if stat.S_ISDIR(mode) else mode
+
+    def _made(self, directory: Object, name: bytes) -> Object:
+        self._changed(directory)
+        return self.lookup(directory, name)
+
+    def _changed(self, directory: Object) -> None:
+        directory.version += 1
+        self._subdirectories.pop(directory.ino, None)
+
+    # Attributes
+
+    def setattr(self, node: Node, changes: Changes, caller: Caller) -> Maybe[None]:
+        thing = _thing(node)
+        if not thing.in_upper:
+            return self._setattr_copied(thing, changes)
+        self._setattr_upper(thing, changes)
+        return None
+
+    def _setattr_copied(self, thing: Object, changes: Changes) -> Steps[None]:
+        yield from self.copy_up(thing, changes.size)
+        self._setattr_upper(thing, changes)
+
+    def _setattr_upper(self, thing: Object, changes: Changes) -> None:
+        upper, fd = self._upper, self.descriptor(thing)
+        if changes.size is not None:
+            upper.truncate(fd, changes.size)
+        if changes.uid is not None or changes.gid is not None:
+            upper.chown(
+                fd,
+                -1 if changes.uid is None else changes.uid,
+                -1 if changes.gid is None else changes.gid,
+            )
+        if changes.mode is not None:  # after chown(2), which clears set-user-ID
+            upper.chmod(fd, changes.mode)
+        if changes.atime_ns is not None or changes.mtime_ns is not None:
+            upper.utimens(fd, changes.atime_ns, changes.mtime_ns)
+
+    def set_xattr(self, node: Node, name: bytes, value: bytes) -> Steps[None]:
+        thing = _thing(node)
+        yield from self.copy_up(thing)
+        self._upper.set_xattr(self.descriptor(thing), name, value)
+
+    def remove_xattr(self, node: Node, name: bytes) -> Steps[None]:
+        thing = _thing(node)
+        self.xattr(thing, name)
+        yield from self.copy_up(thing)
+        self._upper.remove_xattr(self.descriptor(thing), name)
+
+    # Removal
+
+    def unlink(self, node: Node, name: bytes) -> None:
+        directory = _thing(node)
+        thing = self.lookup(directory, name)
+        if thing.format == stat.S_IFDIR:
+            raise IsADirectory("is a directory")
+        self._copy_up_directory(directory)
+        fd = self.descriptor(directory)
+        with self._losing_name(thing, directory, name):
+            if self._lower.lookup(directory.stack, name):
+                self._upper.put_whiteout(fd, name, replaces=thing.in_upper)
+            else:
+                self._upper.remove(fd, name)
+        self._changed(directory)
+
+    def rmdir(self, node: Node, name: bytes) -> None:
+        directory = _thing(node)
+        thing = self.lookup(directory, name)
+        if thing.format != stat.S_IFDIR:
+            raise NotADirectory("not a directory")
+        if self.contents(thing):
+            raise NotEmpty("directory not empty")
+        self._copy_up_directory(directory)
+        fd = self.descriptor(directory)
+        has_lower = bool(self._lower.lookup(directory.stack, name))
+        with self._losing_name(thing, directory, name):
+            if thing.in_upper:
+                self._upper.remove_directory(fd, name, leave_whiteout=has_lower)
+            else:
+                self._upper.put_whiteout(fd, name, replaces=False)
+        self._changed(directory)
+
+    @contextlib.contextmanager
+    def _losing_name(self, thing: Object, directory: Object, name: bytes) -> Iterator[None]:
+        """Around the removal of a name: what the kernel knows keeps a descriptor and loses its place."""
+        if thing.in_upper and thing.lookups:
+            self.descriptor(thing)
+        yield
+        self._descriptors.discard(thing)
+        if not thing.in_upper:
+            places = [] if thing.format == stat.S_IFDIR else self.places(thing)
+            if places:
+                thing.parent, thing.name = places[0]
+                return
+            thing.is_orphan = True
+        elif thing.format == stat.S_IFDIR or thing.fd < 0 or os.fstat(thing.fd).st_nlink == 0:
+            thing.is_orphan = True
+        elif thing.parent is directory and thing.name == name:
+            thing.parent, thing.name = None, b""
+        if thing.is_orphan:
+            self._objects.pop(thing.key, None)
+
+    # Moving
+
+    def rename(
+        self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+    ) -> Steps[None]:
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            raise BadInput("of the flags of renameat2(2) only NOREPLACE and EXCHANGE are known")
+        old, new = _thing(node), _thing(new_parent)
+        while True:
+            source = self.lookup(old, name)
+            target = self.child(new, new_name)
+            if flags & RENAME_EXCHANGE:
+                moving = [source, self.lookup(new, new_name)]
+            else:
+                self._check_replaceable(source, target, flags)
+                moving = [source]
+            lower = [thing for thing in moving if not thing.in_upper]
+            if not lower:
+                break
+            yield from self.copy_up(lower[0])
+        if source is target:
+            return  # rename(2): two hard links of one file
+        self._copy_up_directory(old)
+        self._copy_up_directory(new)
+        if target is not None and flags & RENAME_EXCHANGE:
+            self._exchange(source, old, name, target, new, new_name)
+        elif target is not None:
+            with self._losing_name(target, new, new_name):
+                self._move(source, old, name, new, new_name, target)
+        else:
+            self._move(source, old, name, new, new_name, None)
+        source.parent, source.name = new, new_name
+        self._changed(old)
+        self._changed(new)
+
+    def _check_replaceable(self, source: Object, target: Object | None, flags: int) -> None:
+        if target is None:
+            return
+        if flags & RENAME_NOREPLACE:
+            raise Exists("file exists")
+        if target.format == stat.S_IFDIR:
+            if source.format != stat.S_IFDIR:
+                raise IsADirectory("is a directory")
+            if self.contents(target):
+                raise NotEmpty("directory not empty")
+        elif source.format == stat.S_IFDIR:
+            raise NotADirectory("not a directory")
+
+    def _move(
+        self, source: Object, old: Object, name: bytes, new: Object, new_name: bytes, target: Object | None
+    ) -> None:
+        upper = self._upper
+        self._prepare_move(source, new, new_name)
+        if target is not None and target.in_upper and target.format == stat.S_IFDIR:
+            upper.clear_whiteouts(self.descriptor(target))
+        found = upper.find(self.descriptor(new), new_name)
+        upper.move(
+            self.descriptor(old),
+            name,
+            self.descriptor(new),
+            new_name,
+            leave_whiteout=bool(self._lower.lookup(old.stack, name)),
+            over_whiteout=source.format == stat.S_IFDIR and found is not None and found.entry.is_whiteout,
+        )
+
+    def _exchange(
+        self, source: Object, old: Object, name: bytes, target: Object, new: Object, new_name: bytes
+    ) -> None:
+        self._prepare_move(source, new, new_name)
+        self._prepare_move(target, old, name)
+        self._upper.exchange(self.descriptor(old), name, self.descriptor(new), new_name)
+        target.parent, target.name = old, name
+
+    def _prepare_move(self, thing: Object, new: Object, new_name: bytes) -> None:
+        """Let a directory be the same wherever it is: it merges with what it merged with, or with nothing."""
+        if thing.format != stat.S_IFDIR:
+            return
+        if thing.stack:
+            path = b"/" + self._lower.directory_path(thing.stack)
+            self._upper.set_redirect(self.descriptor(thing), path)
+        elif self._lower.lookup(new.stack, new_name):
+            self._upper.set_opaque(self.descriptor(thing))
+
+    # Copy-up
+
+    def copy_up(self, thing: Object, size: int | None = None) -> Steps[None]:
+        """Make `thing` an object of the upper; of a file only the first `size` bytes, if given."""
+        if thing.in_upper:
+            return
+        if thing.format == stat.S_IFDIR:
+            self._copy_up_directory(thing)
+        elif thing.format == stat.S_IFREG:
+            yield from self._copy_up_file(thing, size)
+        else:
+            self._copy_up_special(thing)
+
+    def _copy_up_file(self, thing: Object, size: int | None) -> Steps[None]:
+        upper, stack = self._upper, thing.stack
+        reader, extents, whole = self.content(thing)
+        length = whole if size is None else min(size, whole)
+        staged, fd = upper.stage()
+        try:
+            yield lambda: _copy_content(reader, extents, length, fd)
+            if thing.in_upper:
+                return  # by somebody else, while the content was copied
+            upper.dress_copy(fd, self._lower.attr(stack), self._lower.xattrs(stack))
+            if thing.is_orphan:
+                thing.fd = upper.reopen(fd, os.O_PATH)
+                thing.in_upper, thing.stack = True, ()
+            else:
+                places = self.places(thing)
+                self._enter_upper(thing, places, lambda at, name: upper.publish(staged, at, name))
+        finally:
+            os.close(fd)
+            with contextlib.suppress(FileNotFoundError):  # where it was published
+                upper.unstage(staged)
+
+    def _copy_up_special(self, thing: Object) -> None:
+        if thing.is_orphan:
+            raise NotFound("no such file or directory")
+        upper, stack = self._upper, thing.stack
+        attr, xattrs = self._lower.attr(stack), self._lower.xattrs(stack)
+        target = self._lower.target(stack) if thing.format == stat.S_IFLNK else None
+        places = self.places(thing)
+        self._enter_upper(
+            thing, places, lambda at, name: upper.copy_special(at, name, attr, xattrs, target)
+        )
+
+    def _copy_up_directory(self, thing: Object) -> None:
+        """Give a directory and those above it an upper part; quick where they have one."""
+        chain = []
+        at: Object | None = thing
+        while at is not None and not at.in_upper:
+            if at.is_orphan:
+                raise NotFound("no such file or directory")
+            chain.append(at)
+            at = at.parent
+        for below in reversed(chain):
+            self._copy_directory(below)
+
+    def _copy_directory(self, thing: Object) -> None:
+        upper, parent = self._upper, thing.parent
+        assert parent is not None, "the root is in the upper"
+        attr, xattrs = self._lower.attr(thing.stack), self._lower.xattrs(thing.stack)
+        self._enter_upper(
+            thing, [(parent, thing.name)], lambda at, name: upper.copy_directory(at, name, attr, xattrs)
+        )
+
+    def _enter_upper(
+        self, thing: Object, places: list[tuple[Object, bytes]], put: Callable[[int, bytes], None]
+    ) -> None:
+        """`put` the copy at the first of the places, link it at the others; from then on `thing` is there."""
+        directory, name = places[0]
+        self._copy_up_directory(directory)
+        with self._times_kept(directory) as at:
+            put(at, name)
+            fd = self._upper.open(at, name)
+        self._objects.pop(thing.key, None)
+        thing.key = os.fstat(fd).st_ino
+        self._objects[thing.key] = thing
+        thing.in_upper, thing.fd, thing.parent, thing.name = True, fd, directory, name
+        if thing.format != stat.S_IFDIR:
+            thing.stack = ()
+        directory.version += 1
+        self._descriptors.used(thing)
+        for directory, name in places[1:]:
+            self._copy_up_directory(directory)
+            with self._times_kept(directory) as at:
+                self._upper.link(self.descriptor(thing), at, name, replaces=False)
+            directory.version += 1
+
+    @contextlib.contextmanager
+    def _times_kept(self, directory: Object) -> Iterator[int]:
+        """Around a copy-up into a directory, whose times it does not change; its descriptor."""
+        fd = self.descriptor(directory)
+        before = os.fstat(fd)
+        yield fd
+        self._upper.utimens(fd, before.st_atime_ns, before.st_mtime_ns)
+
+    def fsync_dir(self, node: Node) -> Steps[None]:
+        thing = _thing(node)
+        if thing.in_upper:
+            fd = self._upper.reopen(self.descriptor(thing), os.O_RDONLY)
+            try:
+                yield lambda: os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _copy_content(reader: LayerReader, extents: Sequence[Extent], length: int, fd: int) -> None:
+    """The first `length` bytes of a lower file, holes left out, to disk. Blocking, in a worker thread."""
+    os.ftruncate(fd, length)
+    for extent in extents:
+        end = min(extent.offset + extent.length, length)
+        for offset in range(extent.offset, end, _COPY_CHUNK):
+            count = min(_COPY_CHUNK, end - offset)
+            data = reader.read(extent.source + offset - extent.offset, count)
+            if os.pwrite(fd, data, offset) != count:
+                raise NoSpace("no space left for a copy in the container")
+    if length:
+        os.fsync(fd)
+
+
+def _thing(node: Node) -> Object:
+    assert isinstance(node, Object)
+    return node
