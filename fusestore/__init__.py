@@ -1,0 +1,34 @@
+"""fusestore: container storage as files.
+
+How a byte comes from a layer's blob to read(2), and from write(2) to disk; each line imports only from those
+below it (setup.cfg, checked by import-linter)::
+
+    cli                     the commands; the only place that prints and reads argv and the environment
+    daemon                  the background process of a mount
+    mount                   one mount's life: start, serve, signals, unmount               trio
+    fuse                    pyfuse3's operations: decode, one call, encode; the errors     trio, pyfuse3
+    tree                    what the mountpoint shows, by inode number
+    imagetree               /images                    containertree    /containers
+                                                       containerdir     one container's directory
+                                                       documentfile     metadata.json as it is written
+                                                       scratchfile      files beside it, in memory
+    synthetic               made-up objects of the tree
+    drivers                 how a rootfs comes into the tree: union
+    writable                changes in a rootfs: copy-up, whiteouts, renames
+    rootfs                  looking and reading in a rootfs
+    check                   verifies a store
+    store                   images and containers on disk: the Python API
+    images                  index.json, blobs, layers      containers    directories, documents, names
+    sources                 what an import reads           oci           manifests and configs
+    upper                   one container's diff/          blobs         a layer's bytes: ingest, LayerReader
+    union                   layers + upper → names         spancache     what was decompressed, on disk
+    streams, seek           compressed streams and the points where reading can start
+    layer                   tar entries → a layer's index
+    layerindex, tar         the index file, read where touched; the tar scanner
+    metadata                the rules of metadata.json
+    durable                 how a change reaches the disk: temporary, fsync, rename, fsync
+    inodes                  nodes, lookup counts, handles
+    names, syscalls         names checked once; system calls Python lacks
+    layout                  THE ON-DISK FORMAT
+    nodes, errors           the vocabulary; every exception and its errno
+"""
