@@ -33,9 +33,7 @@ def content(size: int, seed: int = 0) -> bytes:
     return bytes(out[:size])
 
 
-def _deflate(
-    plain: bytes, level: int, strategy: int = zlib.Z_DEFAULT_STRATEGY, flush_every: int = 0
-) -> bytes:
+def _deflate(plain: bytes, level: int, strategy: int = zlib.Z_DEFAULT_STRATEGY, flush: int = 0) -> bytes:
     """One member; with `flush`, an empty stored block after as many bytes, as pigz makes them."""
     compressor = zlib.compressobj(level, zlib.DEFLATED, 31, 9, strategy)
     step = flush or max(1, len(plain))
