@@ -290,6 +290,15 @@ class Inodes:
         if node.lookups == 1:
             self._held[node.ino] = node
 
+    def replace(self, old: Node, new: Node) -> None:
+        """The number that the kernel knows `old` by means `new` from now on, with nothing the kernel would notice.
+
+        `new` is not known yet. `old` is as if the kernel had forgotten it, but its branch is not told.
+        """
+        new.ino, new.lookups, old.lookups = old.ino, old.lookups, 0
+        if new.lookups:
+            self._held[new.ino] = new
+
     def forget(self, ino: int, count: int) -> None:
         node = self._held.get(ino)
         if node is None or ino == ROOT_INODE:

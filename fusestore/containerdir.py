@@ -1,0 +1,340 @@
+"""One container's directory in the tree: its document, its parts, its scratch files, its removal. Blocking.
+
+Small reads (two stats, a document of some hundred bytes) are done at once; what takes a lock or syncs is done
+in steps by the caller.
+
+Removal has two forms (design.md section 2). Unlinking metadata.json *declares* it: rootfs, workdir and rundir
+read as empty, so that ``rm -r`` deletes nothing inside, and the rmdir that follows deletes all at once.
+Renaming it, as editors do for a backup, only puts it *aside*: the parts stay; unlinking the file it became
+declares. Making metadata.json again takes either back. All of this is in memory: a remount shows the
+container whole.
+
+The rule a maintainer must not break: while a removal is declared no name in here leads to what is on disk,
+also not through what the kernel has cached. Hence `Inodes.replace`: the number of the real root becomes the
+empty directory.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from . import errors
+from .documentfile import DocumentNode
+from .inodes import Branch, Inodes, Node, Steps
+from .layout import Layout
+from .nodes import Attr, Inode
+from .scratchfile import SCRATCH_FILES_MAX, ScratchFile
+from .store import Store
+from .synthetic import Owner, RootfsBranch, RootfsDriver
+
+__all__ = ["DOCUMENT", "PARTS", "ContainerDir", "EmptyDir", "Surroundings"]
+
+DOCUMENT = b"metadata.json"
+PARTS = (b"rootfs", b"workdir", b"rundir")
+
+
+class Surroundings:
+    """What every container directory of a mount works with."""
+
+    __slots__ = ("driver", "inodes", "layout", "owner", "store")
+
+    def __init__(self, store: Store, inodes: Inodes, driver: RootfsDriver, owner: Owner) -> None:
+        self.store = store
+        self.inodes = inodes
+        self.driver = driver
+        self.owner = owner
+        self.layout = Layout(os.fspath(store.path))
+
+
+class EmptyDir(Node):
+    """What a part reads as while the removal of its container is declared."""
+
+    __slots__ = ("container", "name")
+
+    entry_timeout_s = 0.0
+    attr_timeout_s = 0.0
+
+    def __init__(self, container: "ContainerDir", name: bytes) -> None:
+        super().__init__(container.branch, container.around.inodes.number())
+        self.container = container
+        self.name = name
+
+    def attr(self) -> Attr:
+        """Raises Stale once the removal was taken back."""
+        if not self.container.is_removing:
+            raise errors.Stale("the removal of the container was taken back")
+        return self.container.around.owner.directory(mtime_ns=0, nlink=2)
+
+
+class ContainerDir(Node):
+    """/containers/<id>. Its name is asked for each time: others make and delete containers in this store."""
+
+    __slots__ = (
+        "_document",
+        "_empty",
+        "_identity",
+        "_label",
+        "_parts",
+        "_removed",
+        "_rundir",
+        "_version",
+        "around",
+        "aside",
+        "id",
+        "is_gone",
+        "is_mounted",
+        "is_removing",
+        "scratch",
+    )
+
+    entry_timeout_s = 0.0
+    attr_timeout_s = 0.0
+
+    def __init__(self, branch: Branch, ino: Inode, around: Surroundings, container_id: str) -> None:
+        super().__init__(branch, ino)
+        self.around = around
+        self.id = container_id
+        self.scratch: dict[bytes, ScratchFile] = {}
+        self.aside: bytes | None = None
+        """The scratch file that metadata.json was renamed to."""
+        self.is_removing = False
+        self.is_gone = False
+        """Deleted or being deleted, by us or behind us: this node leads nowhere."""
+        self.is_mounted = False
+        self._parts: dict[bytes, RootfsBranch] = {}
+        self._empty: dict[bytes, EmptyDir] = {}
+        self._removed: set[bytes] = set()
+        self._rundir: Path | None = None
+        self._document: DocumentNode | None = None
+        self._label = b""
+        self._version: object = None
+        self._identity: tuple[Any, ...] | None = None
+
+    # The store
+
+    def refresh(self) -> None:
+        """Take over what changed in the store. Raises NotFound; Stale if another container has the id now."""
+        if self.is_gone:
+            raise errors.Stale(f"container {self.id} was deleted")
+        try:
+            version: object = self.around.store.version(self.id)
+        except errors.StoreDamaged:
+            # It can still be looked at and deleted. Whoever opens the document is told.
+            version = "damaged"
+        if version != self._version:
+            self._reread()
+            self._version = version
+
+    def _reread(self) -> None:
+        try:
+            document = json.loads(self.around.store.document(self.id))
+        except errors.StoreDamaged:
+            document = {}
+        layout = self.around.layout
+        try:
+            inodes = [os.stat(path).st_ino for path in (layout.container(self.id), layout.workdir(self.id))]
+        except FileNotFoundError:
+            raise errors.NotFound(f"container {self.id} was deleted") from None
+        # Inode numbers are used again, but two of them for the same, and in the same second?
+        identity = (*inodes, document.get("created-at"))
+        if self._identity not in (None, identity):
+            raise errors.Stale(f"container {self.id} was deleted and made again")
+        self._identity = identity
+        self._label = document.get("mountlabel", "").encode()
+        self.is_mounted = document.get("mounted", False)
+        rootfs = self._parts.get(b"rootfs")
+        if rootfs is not None:
+            rootfs.label = self._label
+
+    def renamed(self, new_id: str) -> None:
+        """The store renamed the container; nothing is attached."""
+        self.id = new_id
+        self._rundir = None
+        self._version = None
+
+    def attr(self) -> Attr:
+        """Raises Stale when it was deleted."""
+        try:
+            status = os.stat(self.around.layout.container(self.id), follow_symlinks=False)
+        except FileNotFoundError:
+            raise errors.Stale(f"container {self.id} was deleted") from None
+        return self.around.owner.directory(status.st_mtime_ns, nlink=2 + len(PARTS))
+
+    # The document
+
+    @property
+    def shows_document(self) -> bool:
+        return not self.is_removing and self.aside is None
+
+    def document(self) -> DocumentNode:
+        """The node of the document as it is now. Raises NotFound while it is unlinked or renamed."""
+        if not self.shows_document:
+            raise errors.NotFound("metadata.json was removed: make it again to keep the container")
+        self.refresh()
+        known = self._document
+        if known is None or known.version != self._version:
+            try:
+                data: bytes | None = self.around.store.document(self.id)
+                mtime_ns = os.stat(self.around.layout.document(self.id)).st_mtime_ns
+            except errors.StoreDamaged:
+                data, mtime_ns = None, 0
+            ino = self.around.inodes.number()
+            known = DocumentNode(self.branch, ino, self, self._version, data, mtime_ns)
+            self._document = known
+        return known
+
+    def renew_document(self) -> None:
+        """The next one who asks for the document gets another node, though the content be the same."""
+        self._document = None
+
+    # The parts
+
+    def names(self) -> list[bytes]:
+        """What `ls` shows. What declares the removal is first, so that ``rm -r`` unlinks it first."""
+        scratch = sorted(self.scratch, key=lambda name: (name != self.aside, name))
+        if self.shows_document:
+            return [DOCUMENT, *scratch, *PARTS]
+        return [*scratch, *(part for part in PARTS if part not in self._removed)]
+
+    def part(self, name: bytes) -> Node | Steps[Node]:
+        """The root of `name`, one of `PARTS`."""
+        if name == b"rundir" and self._rundir is None and not self.is_removing:
+            return self._part_rundir()
+        return self.part_now(name)
+
+    def _part_rundir(self) -> Steps[Node]:
+        yield from self.make_rundir()
+        return self.part_now(b"rundir")
+
+    def make_rundir(self) -> Steps[None]:
+        if self._rundir is None:
+            path = yield lambda: self.around.store.run_dir_of(self.id)
+            self._rundir = Path(path)
+
+    def part_now(self, name: bytes) -> Node:
+        """As `part`; rundir only after `make_rundir`. Raises NotFound for what was removed."""
+        if self.is_gone or name in self._removed:
+            raise errors.NotFound(f"{name!r} was removed")
+        if self.is_removing:
+            empty = self._empty.get(name)
+            if empty is None:
+                empty = self._empty[name] = EmptyDir(self, name)
+            return empty
+        return self._real(name).root
+
+    def _real(self, name: bytes) -> RootfsBranch:
+        part = self._parts.get(name)
+        if part is None:
+            driver = self.around.driver
+            if name == b"rootfs":
+                part = driver.container_rootfs(self.id, self, self._label)
+            elif name == b"workdir":
+                part = driver.directory(Path(self.around.layout.workdir(self.id)), self)
+            elif self._rundir is not None:
+                part = driver.directory(self._rundir, self)
+            else:
+                raise errors.NotFound("rundir is not there yet")
+            self._parts[name] = part
+        return part
+
+    @property
+    def is_entered(self) -> bool:
+        """Someone was in rootfs since it was last let go."""
+        rootfs = self._parts.get(b"rootfs")
+        return rootfs is not None and rootfs.attached
+
+    @property
+    def is_in_use(self) -> bool:
+        return any(part.in_use for part in self._parts.values())
+
+    def require_idle(self, what: str) -> None:
+        """Raises Busy while the container is pinned or something is open in it, NotFound if it is gone."""
+        self.refresh()
+        if self.is_mounted:
+            raise errors.Busy(f"container {self.id} is started: stop it before you {what} it")
+        if self.is_in_use:
+            raise errors.Busy(f"container {self.id} is in use: close what is open in it before you {what} it")
+
+    def detach(self) -> None:
+        """Let go of everything on disk. Known nodes of the parts answer Stale; lookups make them anew."""
+        parts, self._parts = self._parts, {}
+        for part in parts.values():
+            part.detach()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether this node must stay, also when the kernel forgets it."""
+        return bool(self.scratch) or not self.shows_document or self.is_in_use
+
+    # Scratch files
+
+    def add_scratch(self, name: bytes, data: bytes, mode: int, uid: int, gid: int) -> ScratchFile:
+        """Raises NoSpace."""
+        if len(self.scratch) >= SCRATCH_FILES_MAX:
+            raise errors.NoSpace(f"at most {SCRATCH_FILES_MAX} files fit next to metadata.json: use workdir")
+        file = ScratchFile(self.branch, self.around.inodes.number(), self, data, mode, uid, gid)
+        self.scratch[name] = file
+        return file
+
+    def rename_scratch(self, name: bytes, new_name: bytes) -> None:
+        """rename(2) between two names of scratch files, the first of which is there."""
+        replaced = self.scratch.pop(new_name, None)
+        if replaced is not None:
+            replaced.unlinked()
+        self.scratch[new_name] = self.scratch.pop(name)
+        if self.aside in (name, new_name):
+            self.aside = new_name
+
+    def unlink_scratch(self, name: bytes) -> None:
+        """Raises NotFound; Busy if that declares the removal, and the container is not idle."""
+        if name not in self.scratch:
+            raise errors.NotFound(f"there is no {name!r}")
+        if name == self.aside:
+            self.declare_removal()
+        self.scratch.pop(name).unlinked()
+
+    # Removal
+
+    def put_aside(self, name: bytes) -> None:
+        """metadata.json becomes the scratch file `name`."""
+        data = self.document().data
+        if data is None:
+            raise errors.StoreDamaged(f"container {self.id}: its document is damaged: delete the container")
+        owner = self.around.owner
+        replaced = self.scratch.pop(name, None)
+        self.add_scratch(name, data, 0o644, owner.uid, owner.gid)
+        if replaced is not None:
+            replaced.unlinked()
+        self.aside = name
+
+    def declare_removal(self) -> None:
+        """metadata.json, or what it became, is unlinked. Raises Busy."""
+        self.require_idle("remove")
+        parts = self._parts
+        self.detach()
+        self._empty = {name: EmptyDir(self, name) for name in parts}
+        for name, empty in self._empty.items():
+            self.around.inodes.replace(parts[name].root, empty)
+        self.is_removing = True
+        self.aside = None
+
+    def remove_part(self, name: bytes) -> None:
+        """rmdir(2) of one of `PARTS`."""
+        if not self.is_removing:
+            raise errors.NotPermitted(f"{name.decode()} is part of the container: rmdir the container itself")
+        if name in self._removed:
+            raise errors.NotFound(f"{name!r} was removed")
+        self._removed.add(name)
+        self._empty.pop(name, None)
+
+    def take_back(self) -> None:
+        """metadata.json is made again: everything is as it was. Idempotent."""
+        empty, self._empty = self._empty, {}
+        self._removed.clear()
+        self.is_removing = False
+        self.aside = None
+        self._document = None
+        for name, node in empty.items():
+            if node.lookups and (name != b"rundir" or self._rundir is not None):
+                self.around.inodes.replace(node, self._real(name).root)

@@ -1,0 +1,424 @@
+"""/containers: making, renaming, deleting containers, and the files in each container's directory. Blocking.
+
+What an operation on a name in /containers or in /containers/<id> means (design.md section 2); the state of
+one container's directory is `ContainerDir`'s. Whatever waits (locks, syncs) goes through steps. Around a
+yield the world may change: what was looked at before one is looked at again after it.
+
+Nothing but directories can be made in /containers, nothing but plain files next to a metadata.json (EPERM).
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+from . import errors
+from .containerdir import DOCUMENT, PARTS, ContainerDir, EmptyDir, Surroundings
+from .documentfile import DocumentNode, DocumentReader, DocumentWriter
+from .inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, Steps
+from .metadata import parse_document
+from .names import parse_container_id
+from .nodes import Attr, Inode
+from .scratchfile import ScratchFile, ScratchHandle
+from .store import Store
+from .synthetic import MANY_LINKS, FixedBranch, Owner, RootfsDriver
+from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
+
+__all__ = ["ContainerTree"]
+
+
+class _Root(Node):
+    """/containers."""
+
+    __slots__ = ()
+
+    attr_timeout_s = 0.0
+
+
+class _NameLink(Node):
+    """/containers/<name>, a link to the id."""
+
+    __slots__ = ("name", "target")
+
+    entry_timeout_s = 0.0
+    attr_timeout_s = 0.0
+
+    def __init__(self, branch: Branch, ino: Inode, name: str, target: bytes) -> None:
+        super().__init__(branch, ino)
+        self.name = name
+        self.target = target
+
+
+class ContainerTree(FixedBranch):
+    """Touched by the event loop's thread only."""
+
+    refusal = "containers/ holds directories only, and a container plain files: use its rootfs or workdir"
+
+    def __init__(
+        self,
+        store: Store,
+        inodes: Inodes,
+        driver: RootfsDriver,
+        owner: Owner,
+        parent: Node,
+        deleted: Callable[[], None],
+    ) -> None:
+        """`parent` is what '..' of /containers is; `deleted` is called when there is trash to empty."""
+        self._store = store
+        self._inodes = inodes
+        self._owner = owner
+        self._parent = parent
+        self._deleted = deleted
+        self._around = Surroundings(store, inodes, driver, owner)
+        self._dirs: WeakValueDictionary[str, ContainerDir] = WeakValueDictionary()
+        self._links: WeakValueDictionary[str, _NameLink] = WeakValueDictionary()
+        self._kept: dict[str, ContainerDir] = {}
+        """Directories with state that the kernel has forgotten: scratch files, a removal half-way."""
+        self.root = _Root(self, inodes.number())
+
+    # Looking
+
+    def attr(self, node: Node) -> Attr:
+        if isinstance(node, (ContainerDir, EmptyDir)):
+            return node.attr()
+        if isinstance(node, DocumentNode):
+            return self._owner.file(len(node.data or b""), node.mtime_ns, 0o644)
+        if isinstance(node, ScratchFile):
+            return node.attr
+        status = os.stat(self._around.layout.containers)
+        if isinstance(node, _NameLink):
+            return self._owner.link(node.target, status.st_mtime_ns)
+        return self._owner.directory(status.st_mtime_ns, MANY_LINKS)
+
+    def lookup(self, node: Node, name: bytes) -> Maybe[Node]:
+        if isinstance(node, ContainerDir):
+            return self._lookup_in(node, name)
+        if node is not self.root:
+            raise errors.NotFound(f"there is no {name!r}")
+        text = os.fsdecode(name)
+        try:
+            parse_container_id(text)
+        except errors.BadName:
+            raise errors.NotFound(f"there is no container {text!r}") from None
+        return self._container(text) or self._link(text)
+
+    def _lookup_in(self, container: ContainerDir, name: bytes) -> Maybe[Node]:
+        if name == DOCUMENT:
+            return container.document()
+        file = container.scratch.get(name)
+        if file is not None:
+            return file
+        container.refresh()
+        if name in PARTS:
+            return container.part(name)
+        raise errors.NotFound(f"there is no {name!r}")
+
+    def _container(self, container_id: str) -> ContainerDir | None:
+        """The directory of the container of this id, checked against the store; None if there is none."""
+        known = self._dirs.get(container_id)
+        if known is not None:
+            try:
+                known.refresh()
+                return known
+            except (errors.NotFound, errors.Stale):
+                self._drop(known)
+        made = self._new_dir(container_id)
+        try:
+            made.refresh()
+        except errors.NotFound:
+            return None
+        self._dirs[container_id] = made
+        return made
+
+    def _new_dir(self, container_id: str) -> ContainerDir:
+        return ContainerDir(self, self._inodes.number(), self._around, container_id)
+
+    def _drop(self, container: ContainerDir) -> None:
+        """It was deleted, perhaps behind us."""
+        container.is_gone = True
+        container.detach()
+        self._kept.pop(container.id, None)
+        if self._dirs.get(container.id) is container:
+            del self._dirs[container.id]
+
+    def _link(self, name: str) -> _NameLink:
+        return self._link_to(name, self._store.container_id(name))
+
+    def _link_to(self, name: str, container_id: str) -> _NameLink:
+        target = container_id.encode()
+        known = self._links.get(name)
+        if known is None or known.target != target:
+            known = _NameLink(self, self._inodes.number(), name, target)
+            self._links[name] = known
+        return known
+
+    def parent(self, node: Node) -> Node:
+        if isinstance(node, (EmptyDir, DocumentNode, ScratchFile)):
+            return node.container
+        return self._parent if node is self.root else self.root
+
+    def readlink(self, node: Node) -> bytes:
+        if not isinstance(node, _NameLink):
+            raise errors.BadInput("not a symbolic link")
+        return node.target
+
+    # Listing: one readdir of the store, no document read
+
+    def listing(self, node: Node) -> Maybe[list[tuple[bytes, Any]]]:
+        if node is self.root:
+            ids = [(name.encode(), None) for name in self._store.container_ids()]
+            links = [(name.encode(), target) for name, target in self._store.container_names().items()]
+            return sorted(ids) + sorted(links)
+        if isinstance(node, ContainerDir):
+            node.refresh()
+            return self._list_container(node)
+        if isinstance(node, EmptyDir):
+            node.attr()
+            return []
+        raise errors.NotADirectory("not a directory")
+
+    def _list_container(self, container: ContainerDir) -> Steps[list[tuple[bytes, Any]]]:
+        if not container.is_removing:
+            yield from container.make_rundir()
+        return [(name, None) for name in container.names()]
+
+    def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
+        try:
+            if isinstance(node, ContainerDir):
+                return self._listed_in(node, name)
+            if token is not None:
+                return self._link_to(name.decode(), token)
+            return self._listed_container(name.decode())
+        except (errors.NotFound, errors.Stale):
+            return None
+
+    def _listed_in(self, container: ContainerDir, name: bytes) -> Node | None:
+        if name == DOCUMENT:
+            return container.document()
+        return container.part_now(name) if name in PARTS else container.scratch.get(name)
+
+    def _listed_container(self, container_id: str) -> ContainerDir:
+        """As `_container`, but what changed in the store is left to the lookup that follows any use of it."""
+        known = self._dirs.get(container_id)
+        if known is None:
+            known = self._new_dir(container_id)
+            self._dirs[container_id] = known
+        known.attr()
+        return known
+
+    # Open files
+
+    def open(self, node: Node, flags: int, caller: Caller) -> FileHandle:
+        if isinstance(node, DocumentNode):
+            return self._open_document(node, flags)
+        if isinstance(node, ScratchFile):
+            return ScratchHandle(node, flags)
+        raise errors.IsADirectory("is a directory")
+
+    def _open_document(self, node: DocumentNode, flags: int) -> FileHandle:
+        container = node.container
+        assert isinstance(container, ContainerDir)
+        if node.data is None:
+            # Raises what is wrong with it; or it was put right meanwhile, and looking it up again finds it.
+            self._store.document(container.id)
+            raise errors.Stale("the document was replaced")
+        if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_TRUNC:
+            return DocumentReader(node, node.data)
+        container.renew_document()
+        return DocumentWriter(
+            node, flags, node.data, lambda data: self._commit(container, data), f"container {container.id}"
+        )
+
+    def create(
+        self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Node, FileHandle]:
+        if not isinstance(node, ContainerDir):
+            self._refuse()
+        node.refresh()
+        if name in PARTS:
+            raise errors.Exists(f"{name!r} is part of the container")
+        if name == DOCUMENT:
+            if flags & os.O_EXCL and node.shows_document:
+                raise errors.Exists("metadata.json is there")
+            node.take_back()
+            document = node.document()
+            return document, self._open_document(document, flags)
+        file = node.scratch.get(name)
+        if file is None:
+            file = node.add_scratch(name, b"", mode & ~caller.umask, caller.uid, caller.gid)
+        elif flags & os.O_EXCL:
+            raise errors.Exists(f"{name!r} is there")
+        return file, ScratchHandle(file, flags)
+
+    def _commit(self, container: ContainerDir, data: bytes) -> Steps[None]:
+        """`data`, one whole object, becomes the container's document."""
+        container.refresh()
+        binds = self._binds(container.id, data)
+        if binds and container.is_entered:
+            raise errors.Busy(f"container {container.id} was entered without an image: make another one")
+        yield lambda: self._store.set_container_metadata(container.id, data)
+        if binds and container.is_entered and not container.is_in_use:
+            # Someone entered while it was being bound, and sees no image yet.
+            container.detach()
+        container.refresh()
+
+    def _binds(self, container_id: str, data: bytes) -> bool:
+        """Whether `data` asks for an image, and the container has none."""
+        document = parse_document(data)
+        if not document.get("image-name") and not document.get("image-id"):
+            return False
+        return not self._store.container(container_id).image_id
+
+    def setattr(self, node: Node, changes: Changes, caller: Caller) -> None:
+        if isinstance(node, ScratchFile):
+            node.change(changes)
+        elif isinstance(node, DocumentNode):
+            # Mode, owner and times are accepted and change nothing: cp -p, sed -i and vim set them. So is a
+            # size of 0 by truncate(2), without an open file: empty is no document, nothing was written yet.
+            if changes.size not in (None, 0, len(node.data or b"")):
+                raise errors.BadDocument("a document cannot be cut: write a whole one")
+        else:
+            self._refuse()
+
+    # Making, renaming, deleting containers
+
+    def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> Steps[Node]:
+        if node is not self.root:
+            self._refuse()
+        container_id = parse_container_id(os.fsdecode(name))
+        return self._make(container_id)
+
+    def _make(self, container_id: str) -> Steps[Node]:
+        yield lambda: self._store.create_container(container_id=container_id)
+        made = self._container(container_id)
+        if made is None:
+            raise errors.NotFound(f"container {container_id} was deleted as soon as it was made")
+        return made
+
+    def rmdir(self, node: Node, name: bytes) -> Maybe[None]:
+        if isinstance(node, ContainerDir):
+            if name not in PARTS:
+                raise errors.NotADirectory(f"{name!r} is no directory")
+            node.remove_part(name)
+            return None
+        if node is not self.root:
+            raise errors.NotFound(f"there is no {name!r}")
+        container = self._container(os.fsdecode(name))
+        if container is None:
+            self.lookup(node, name)
+            raise errors.NotADirectory(f"{name!r} is a name: rm it, or rmdir the container")
+        return self._delete(container)
+
+    def _delete(self, container: ContainerDir) -> Steps[None]:
+        container.require_idle("delete")
+        container.detach()
+        # What comes in while the store works must not open it again.
+        container.is_gone = True
+        try:
+            yield lambda: self._store.delete_container(container.id)
+        except errors.NotFound:
+            self._drop(container)
+            raise
+        except BaseException:
+            container.is_gone = False
+            raise
+        self._drop(container)
+        self._deleted()
+
+    def unlink(self, node: Node, name: bytes) -> Maybe[None]:
+        if isinstance(node, ContainerDir):
+            if name in PARTS:
+                raise errors.IsADirectory(f"{name!r} is a directory")
+            if name != DOCUMENT:
+                node.unlink_scratch(name)
+            elif node.shows_document:
+                node.declare_removal()
+            else:
+                raise errors.NotFound("metadata.json was removed")
+            return None
+        found = self.lookup(node, name)
+        if not isinstance(found, _NameLink):
+            raise errors.IsADirectory(f"{name!r} is a container: rmdir it")
+        return self._unname(found)
+
+    def _unname(self, link: _NameLink) -> Steps[None]:
+        """The container's name goes back to its id."""
+        yield lambda: self._store.rename_container(link.name, link.target.decode())
+
+    def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> Maybe[None]:
+        if flags & RENAME_EXCHANGE:
+            raise errors.BadInput("RENAME_EXCHANGE works inside a rootfs only")
+        if isinstance(node, ContainerDir) and new_parent is not node:
+            raise errors.CrossDevice("files next to a metadata.json stay there: copy them")
+        if isinstance(node, ContainerDir):
+            return self._rename_in(node, name, new_name, bool(flags & RENAME_NOREPLACE))
+        if node is not self.root or new_parent is not self.root:
+            self._refuse()
+        found = self.lookup(node, name)
+        new_id = parse_container_id(os.fsdecode(new_name))
+        if isinstance(found, ContainerDir):
+            return self._rename_container(found, new_id)
+        return self._rename_name(os.fsdecode(name), new_id)
+
+    def _rename_name(self, old: str, new: str) -> Steps[None]:
+        yield lambda: self._store.rename_container(old, new)
+
+    def _rename_container(self, container: ContainerDir, new_id: str) -> Steps[None]:
+        container.require_idle("rename")
+        container.detach()
+        old_id = container.id
+        container.is_gone = True
+        try:
+            yield lambda: self._store.rename_container(old_id, new_id)
+        finally:
+            container.is_gone = False
+        # The kernel moves its name along with this node.
+        self._dirs.pop(old_id, None)
+        container.renamed(new_id)
+        self._dirs[new_id] = container
+        if self._kept.pop(old_id, None) is not None:
+            self._kept[new_id] = container
+
+    # Renaming next to a metadata.json
+
+    def _rename_in(
+        self, container: ContainerDir, name: bytes, new_name: bytes, keep_target: bool
+    ) -> Maybe[None]:
+        if name in PARTS:
+            self._refuse()
+        if new_name in PARTS:
+            raise errors.IsADirectory(f"{new_name!r} is a directory")
+        source = container.document() if name == DOCUMENT else container.scratch.get(name)
+        if source is None:
+            raise errors.NotFound(f"there is no {name!r}")
+        is_there = container.shows_document if new_name == DOCUMENT else new_name in container.scratch
+        if is_there and keep_target:
+            raise errors.Exists(f"{new_name!r} is there")
+        if name == new_name:
+            return None
+        if isinstance(source, ScratchFile) and new_name == DOCUMENT:
+            return self._move_to_document(container, name, source)
+        if name == DOCUMENT:
+            container.put_aside(new_name)
+        else:
+            container.rename_scratch(name, new_name)
+        return None
+
+    def _move_to_document(self, container: ContainerDir, name: bytes, file: ScratchFile) -> Steps[None]:
+        data = bytes(file.data)
+        parse_document(data)
+        yield from self._commit(container, data)
+        if container.scratch.get(name) is file:
+            del container.scratch[name]
+        container.take_back()
+
+    # What the kernel lets go
+
+    def forgotten(self, node: Node) -> None:
+        if not isinstance(node, ContainerDir) or node.is_gone:
+            return
+        if node.has_state:
+            self._kept[node.id] = node
+        else:
+            self._kept.pop(node.id, None)
+            node.detach()

@@ -1,0 +1,154 @@
+"""What the tree makes up (directories, links, documents) and what it asks of a rootfs driver. Pure.
+
+/, /images and /containers consist of objects that lie nowhere on disk as they are shown: all belong to
+whoever runs the mount (`Owner`) and have fixed modes. What is real, a container's rootfs, comes from a
+`RootfsDriver` (design.md section 5); the parts above it use these two protocols only, and are tested with a
+driver of memory.
+"""
+
+import stat
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+from . import errors
+from .inodes import Branch, Caller, Changes, FileHandle, Maybe, Node
+from .nodes import Attr
+
+__all__ = [
+    "BLOCK_SIZE",
+    "BytesHandle",
+    "FixedBranch",
+    "MANY_LINKS",
+    "Owner",
+    "RootfsBranch",
+    "RootfsDriver",
+]
+
+BLOCK_SIZE = 512
+"""The unit of st_blocks, in bytes."""
+
+MANY_LINKS = 1
+"""The link count of a directory that does not count its subdirectories: btrfs says it, find(1) knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose the made-up objects are."""
+
+    uid: int
+    gid: int
+
+    def directory(self, mtime_ns: int, nlink: int, permissions: int = 0o755) -> Attr:
+        return self._attr(stat.S_IFDIR | permissions, 0, mtime_ns, nlink)
+
+    def link(self, target: bytes, mtime_ns: int) -> Attr:
+        return self._attr(stat.S_IFLNK | 0o777, len(target), mtime_ns, 1)
+
+    def file(self, size: int, mtime_ns: int, permissions: int = 0o444) -> Attr:
+        return self._attr(stat.S_IFREG | permissions, size, mtime_ns, 1)
+
+    def _attr(self, mode: int, size: int, mtime_ns: int, nlink: int) -> Attr:
+        blocks = -(-size // BLOCK_SIZE)
+        return Attr(mode, self.uid, self.gid, size, 0, nlink, blocks, mtime_ns, mtime_ns, mtime_ns)
+
+
+class RootfsBranch(Protocol):
+    """A rootfs, workdir or rundir as the tree sees it: a `Branch` with these besides."""
+
+    @property
+    def root(self) -> Node: ...
+
+    @property
+    def in_use(self) -> bool:
+        """A handle is open in it."""
+        ...
+
+    @property
+    def attached(self) -> bool:
+        """It was entered: it holds descriptors of what lies under it."""
+        ...
+
+    label: bytes
+    """Shown as security.selinux on what carries none; empty for none."""
+
+    def detach(self) -> None:
+        """Give up all descriptors. Its nodes answer Stale from now on. Idempotent."""
+        ...
+
+
+class RootfsDriver(Protocol):
+    """Makes what a rootfs is. All four are cheap: what they return opens something on first use only."""
+
+    def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> RootfsBranch: ...
+
+    def directory(self, path: Any, parent: Node) -> RootfsBranch:
+        """`path`: a pathlib.Path of a real directory, shown as it is."""
+        ...
+
+    def image_rootfs(self, image: Any, parent: Node) -> RootfsBranch:
+        """`image`: a fusestore.images.Image; all its layers merged, read-only."""
+        ...
+
+    def layer_rootfs(self, image: Any, number: int, parent: Node) -> RootfsBranch:
+        """Layer `number` (0 is the bottom) of `image` alone."""
+        ...
+
+
+class BytesHandle(FileHandle):
+    """An open file whose whole content is at hand and does not change."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, node: Node, data: bytes) -> None:
+        super().__init__(node)
+        self._data = data
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._data[offset : offset + size]
+
+
+class FixedBranch(Branch):
+    """A part of the tree where nobody may make or change anything (EPERM) but what a subclass allows."""
+
+    refusal = "nothing can be made or changed here"
+
+    def _refuse(self) -> NoReturn:
+        raise errors.NotPermitted(self.refusal)
+
+    def open(self, node: Node, flags: int, caller: Caller) -> Maybe[FileHandle]:
+        self._refuse()
+
+    def setattr(self, node: Node, changes: Changes, caller: Caller) -> Maybe[None]:
+        self._refuse()
+
+    def create(
+        self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> Maybe[tuple[Node, FileHandle]]:
+        self._refuse()
+
+    def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Maybe[Node]:
+        self._refuse()
+
+    def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> Maybe[Node]:
+        self._refuse()
+
+    def symlink(self, node: Node, name: bytes, target: bytes, caller: Caller) -> Maybe[Node]:
+        self._refuse()
+
+    def link(self, node: Node, new_parent: Node, name: bytes) -> Maybe[Node]:
+        self._refuse()
+
+    def unlink(self, node: Node, name: bytes) -> Maybe[None]:
+        self._refuse()
+
+    def rmdir(self, node: Node, name: bytes) -> Maybe[None]:
+        self._refuse()
+
+    def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> Maybe[None]:
+        self._refuse()
+
+    def set_xattr(self, node: Node, name: bytes, value: bytes) -> Maybe[None]:
+        raise errors.NotSupported("no extended attributes here")
+
+    def remove_xattr(self, node: Node, name: bytes) -> Maybe[None]:
+        raise errors.NotSupported("no extended attributes here")

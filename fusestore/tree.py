@@ -1,0 +1,424 @@
+"""What the mountpoint shows and what each operation there means, by inode number. Blocking.
+
+`Tree` is all that the FUSE layer calls. It finds the node, has its branch (the root, the images, the
+containers, one rootfs …) do the work, and keeps the kernel's lookup counts and handles. Each method returns
+its result, or steps that lead to it (`fusestore.inodes.Steps`); it raises FusestoreError or OSError.
+
+Counts: what `lookup`, `mknod`, `mkdir`, `symlink`, `link`, `create` and, for each entry taken, `readdir`
+return is counted as one lookup of the kernel's; `getattr` and `setattr` count nothing. A new method that
+hands a node to the kernel must go through `_entered`.
+
+This is the hot path: an operation on a branch that is ready is one plain call, no generator is made for it.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import GeneratorType
+from typing import Any, NamedTuple, TypeVar, cast
+
+from . import errors
+from .containertree import ContainerTree
+from .imagetree import ImageTree
+from .inodes import (
+    ROOT_INODE,
+    Branch,
+    Caller,
+    Changes,
+    DirHandle,
+    FileHandle,
+    Handles,
+    Inodes,
+    Maybe,
+    Node,
+    Steps,
+)
+from .names import FILE_NAME_MAX
+from .nodes import Attr
+from .store import Store
+from .synthetic import FixedBranch, Owner, RootfsDriver
+from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
+
+__all__ = ["Entry", "Tree"]
+
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """What the kernel is told of a node. How long it may believe it says the node's class."""
+
+    node: Node
+    attr: Attr
+
+
+class Tree:
+    """The whole mounted tree of one store.
+
+    Touched by one thread only; what waits goes through steps. Closing the store is the caller's business.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        make_driver: Callable[[Store, Inodes], RootfsDriver],
+        owner: Owner,
+        deleted: Callable[[], None],
+    ) -> None:
+        """`owner` is whose the made-up objects are; `deleted` is called when there is trash to empty."""
+        self.inodes = Inodes()
+        self.handles = Handles()
+        driver = make_driver(store, self.inodes)
+        branch = _RootBranch(store, owner)
+        self.root = branch.root
+        self._images = ImageTree(store, self.inodes, driver, owner, self.root)
+        self._containers = ContainerTree(store, self.inodes, driver, owner, self.root, deleted)
+        branch.children = {b"images": self._images.root, b"containers": self._containers.root}
+        for node in (self.root, *branch.children.values()):
+            # Held for ever: the kernel's counts come on top of this one.
+            self.inodes.remember(node)
+
+    # Names
+
+    def lookup(self, parent_ino: int, name: bytes) -> Maybe[Entry]:
+        node = self._place(parent_ino, name)
+        branch = node.branch
+        if not branch.ready:
+            return _prepared(branch, self.lookup, parent_ino, name)
+        if name == b".":
+            return self._entry(node)
+        if name == b"..":
+            return self._entry(branch.parent(node))
+        found = branch.lookup(node, name)
+        return self._entry(found) if isinstance(found, Node) else self._entered(found)
+
+    def absence_timeout_s(self, parent_ino: int) -> float:
+        """How long the kernel may believe that a name `lookup` did not find is missing there."""
+        return self.inodes.node(parent_ino).branch.absence_timeout_s
+
+    def forget(self, counts: Iterable[tuple[int, int]]) -> None:
+        """`counts`: inode number, and by how much the kernel's count sinks. Unknown ones are no error."""
+        for ino, count in counts:
+            self.inodes.forget(ino, count)
+
+    def readlink(self, ino: int) -> Maybe[bytes]:
+        node = self.inodes.node(ino)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.readlink, ino)
+        return node.branch.readlink(node)
+
+    # Attributes
+
+    def getattr(self, ino: int) -> Entry:
+        node = self.inodes.node(ino)
+        return Entry(node, node.branch.attr(node))
+
+    def setattr(self, ino: int, changes: Changes, fh: int | None, caller: Caller) -> Maybe[Entry]:
+        """A size goes to the handle, where the kernel names one: it may change what the mode forbids."""
+        node = self.inodes.node(ino)
+        branch = node.branch
+        if not branch.ready:
+            return _prepared(branch, self.setattr, ino, changes, fh, caller)
+        if fh is not None and changes.size is not None:
+            return self._truncated(node, changes, self.handles.file(fh), caller)
+        done = branch.setattr(node, changes, caller)
+        return Entry(node, branch.attr(node)) if done is None else self._changed(node, done)
+
+    def getxattr(self, ino: int, name: bytes) -> Maybe[bytes]:
+        node = self.inodes.node(ino)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.getxattr, ino, name)
+        return node.branch.xattr(node, name)
+
+    def listxattr(self, ino: int) -> Maybe[list[bytes]]:
+        node = self.inodes.node(ino)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.listxattr, ino)
+        xattrs = node.branch.xattrs(node)
+        if isinstance(xattrs, tuple):
+            return [name for name, _ in xattrs]
+        return self._xattr_names(xattrs)
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> Maybe[None]:
+        node = self.inodes.node(ino)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.setxattr, ino, name, value)
+        return node.branch.set_xattr(node, name, value)
+
+    def removexattr(self, ino: int, name: bytes) -> Maybe[None]:
+        node = self.inodes.node(ino)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.removexattr, ino, name)
+        return node.branch.remove_xattr(node, name)
+
+    def statfs(self) -> tuple[int, ...]:
+        """The file system the store lies on, as `Branch.space` says it."""
+        return self.root.branch.space(self.root)
+
+    # Making and removing
+
+    def mknod(self, parent_ino: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Maybe[Entry]:
+        node = self._place(parent_ino, name)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.mknod, parent_ino, name, mode, rdev, caller)
+        return self._entered(node.branch.mknod(node, name, mode, rdev, caller))
+
+    def mkdir(self, parent_ino: int, name: bytes, mode: int, caller: Caller) -> Maybe[Entry]:
+        node = self._place(parent_ino, name)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.mkdir, parent_ino, name, mode, caller)
+        return self._entered(node.branch.mkdir(node, name, mode, caller))
+
+    def symlink(self, parent_ino: int, name: bytes, target: bytes, caller: Caller) -> Maybe[Entry]:
+        node = self._place(parent_ino, name)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.symlink, parent_ino, name, target, caller)
+        return self._entered(node.branch.symlink(node, name, target, caller))
+
+    def link(self, ino: int, new_parent_ino: int, name: bytes) -> Maybe[Entry]:
+        node = self.inodes.node(ino)
+        parent = self._place(new_parent_ino, name)
+        if parent.branch is not node.branch:
+            raise errors.CrossDevice("a hard link cannot leave its rootfs")
+        if not node.branch.ready:
+            return _prepared(node.branch, self.link, ino, new_parent_ino, name)
+        return self._entered(node.branch.link(node, parent, name))
+
+    def unlink(self, parent_ino: int, name: bytes) -> Maybe[None]:
+        node = self._place(parent_ino, name)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.unlink, parent_ino, name)
+        return node.branch.unlink(node, name)
+
+    def rmdir(self, parent_ino: int, name: bytes) -> Maybe[None]:
+        node = self._place(parent_ino, name)
+        if not node.branch.ready:
+            return _prepared(node.branch, self.rmdir, parent_ino, name)
+        return node.branch.rmdir(node, name)
+
+    def rename(
+        self, parent_ino: int, name: bytes, new_parent_ino: int, new_name: bytes, flags: int
+    ) -> Maybe[None]:
+        node = self._place(parent_ino, name)
+        parent = self._place(new_parent_ino, new_name)
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+            raise errors.BadInput("rename: only RENAME_NOREPLACE and RENAME_EXCHANGE are known here")
+        if parent.branch is not node.branch:
+            raise errors.CrossDevice("not within one rootfs: copy and remove instead, as mv does")
+        if not node.branch.ready:
+            return _prepared(node.branch, self.rename, parent_ino, name, new_parent_ino, new_name, flags)
+        return node.branch.rename(node, name, parent, new_name, flags)
+
+    # Open files
+
+    def open(self, ino: int, flags: int, caller: Caller) -> Maybe[tuple[int, FileHandle]]:
+        node = self.inodes.node(ino)
+        branch = node.branch
+        if not branch.ready:
+            return _prepared(branch, self.open, ino, flags, caller)
+        opened = branch.open(node, flags, caller)
+        if isinstance(opened, FileHandle):
+            return self.handles.add(opened), opened
+        return self._opened(opened)
+
+    def create(
+        self, parent_ino: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> Maybe[tuple[int, FileHandle, Entry]]:
+        node = self._place(parent_ino, name)
+        branch = node.branch
+        if not branch.ready:
+            return _prepared(branch, self.create, parent_ino, name, mode, flags, caller)
+        made = branch.create(node, name, mode, flags, caller)
+        return self._created_now(*made) if isinstance(made, tuple) else self._created(made)
+
+    def read(self, fh: int, offset: int, size: int) -> Maybe[bytes]:
+        return self.handles.file(fh).read(offset, size)
+
+    def write(self, fh: int, offset: int, data: bytes) -> Maybe[int]:
+        return self.handles.file(fh).write(offset, data)
+
+    def flush(self, fh: int) -> Maybe[None]:
+        return self.handles.file(fh).flush()
+
+    def fsync(self, fh: int, datasync: bool) -> Maybe[None]:
+        return self.handles.file(fh).fsync(datasync)
+
+    def release(self, fh: int) -> Maybe[None]:
+        return cast(FileHandle, self.handles.remove(fh)).close()
+
+    # Open directories
+
+    def opendir(self, ino: int) -> Maybe[int]:
+        node = self.inodes.node(ino)
+        branch = node.branch
+        if not branch.ready:
+            return _prepared(branch, self.opendir, ino)
+        done = branch.opened_dir(node)
+        if done is None:
+            return self.handles.add(DirHandle(node, None))
+        return self._opened_dir(node, done)
+
+    def readdir(self, fh: int, start: int, emit: Callable[[bytes, Entry, int], bool]) -> Maybe[None]:
+        """Call `emit(name, entry, next position)` from position `start` until it returns False (not taken).
+
+        A position is an index in the listing that this handle took when it was last read from 0; what has
+        gone since is left out. '.' and '..' come first and are not counted.
+        """
+        handle = self.handles.directory(fh)
+        if start == 0 or handle.listing is None:
+            listing = handle.node.branch.listing(handle.node)
+            if not isinstance(listing, list):
+                return self._listed(handle, listing, start, emit)
+            handle.listing = listing
+        self._emit(handle, handle.listing, start, emit)
+        return None
+
+    def fsyncdir(self, fh: int) -> Maybe[None]:
+        node = self.handles.directory(fh).node
+        return node.branch.fsync_dir(node)
+
+    def releasedir(self, fh: int) -> None:
+        handle = cast(DirHandle, self.handles.remove(fh))
+        handle.node.branch.closed_dir(handle.node)
+
+    # How results become entries
+
+    def _place(self, parent_ino: int, name: bytes) -> Node:
+        if len(name) > FILE_NAME_MAX:
+            raise errors.NameTooLong(f"a name has at most {FILE_NAME_MAX} bytes")
+        return self.inodes.node(parent_ino)
+
+    def _entry(self, node: Node) -> Entry:
+        # Attributes first: what raises is not counted.
+        entry = Entry(node, node.branch.attr(node))
+        self.inodes.remember(node)
+        return entry
+
+    def _entered(self, found: Maybe[Node]) -> Maybe[Entry]:
+        return self._entry(found) if isinstance(found, Node) else self._entered_later(found)
+
+    def _entered_later(self, steps: Steps[Node]) -> Steps[Entry]:
+        node = yield from steps
+        return self._entry(node)
+
+    def _changed(self, node: Node, steps: Steps[None]) -> Steps[Entry]:
+        yield from steps
+        return Entry(node, node.branch.attr(node))
+
+    def _truncated(
+        self, node: Node, changes: Changes, handle: FileHandle, caller: Caller
+    ) -> Steps[Entry]:
+        yield from _steps(handle.truncate(cast(int, changes.size)))
+        rest = replace(changes, size=None)
+        if rest != Changes():
+            yield from _steps(node.branch.setattr(node, rest, caller))
+        return Entry(node, node.branch.attr(node))
+
+    def _xattr_names(self, steps: Steps[Any]) -> Steps[list[bytes]]:
+        xattrs = yield from steps
+        return [name for name, _ in xattrs]
+
+    def _opened(self, steps: Steps[FileHandle]) -> Steps[tuple[int, FileHandle]]:
+        handle = yield from steps
+        return self.handles.add(handle), handle
+
+    def _created_now(self, node: Node, handle: FileHandle) -> tuple[int, FileHandle, Entry]:
+        entry = self._entry(node)
+        return self.handles.add(handle), handle, entry
+
+    def _created(self, steps: Steps[tuple[Node, FileHandle]]) -> Steps[tuple[int, FileHandle, Entry]]:
+        node, handle = yield from steps
+        return self._created_now(node, handle)
+
+    def _opened_dir(self, node: Node, steps: Steps[None]) -> Steps[int]:
+        yield from steps
+        return self.handles.add(DirHandle(node, None))
+
+    def _listed(
+        self,
+        handle: DirHandle,
+        steps: Steps[list[tuple[bytes, Any]]],
+        start: int,
+        emit: Callable[[bytes, Entry, int], bool],
+    ) -> Steps[None]:
+        handle.listing = yield from steps
+        self._emit(handle, handle.listing, start, emit)
+
+    def _emit(
+        self,
+        handle: DirHandle,
+        listing: list[tuple[bytes, Any]],
+        start: int,
+        emit: Callable[[bytes, Entry, int], bool],
+    ) -> None:
+        node = handle.node
+        branch = node.branch
+        for position, name in enumerate((b".", b"..")):
+            if start <= position:
+                shown = branch.parent(node) if position else node
+                if not emit(name, Entry(shown, shown.branch.attr(shown)), position + 1):
+                    return
+        listed, remember = branch.listed, self.inodes.remember
+        for index in range(max(start - 2, 0), len(listing)):
+            name, token = listing[index]
+            child = listed(node, name, token)
+            if child is None:
+                continue
+            if not emit(name, Entry(child, child.branch.attr(child)), index + 3):
+                return
+            remember(child)
+
+
+def _prepared(branch: Branch, operation: Callable[..., Maybe[T]], *arguments: Any) -> Steps[T]:
+    """Make the branch ready, then do `operation`."""
+    yield from branch.prepare()
+    return (yield from _steps(operation(*arguments)))
+
+
+def _steps(result: Maybe[T]) -> Steps[T]:
+    if isinstance(result, GeneratorType):
+        return cast(T, (yield from result))
+    return cast(T, result)
+
+
+class _RootBranch(FixedBranch):
+    """The mountpoint itself: two directories, nothing else ever."""
+
+    refusal = "only images/ and containers/ are here: make a container in containers/"
+
+    def __init__(self, store: Store, owner: Owner) -> None:
+        self.root = Node(self, ROOT_INODE)
+        self.children: dict[bytes, Node] = {}
+        self._path = store.path
+        self._attr = owner.directory(mtime_ns=0, nlink=4)
+
+    def attr(self, node: Node) -> Attr:
+        return self._attr
+
+    def lookup(self, node: Node, name: bytes) -> Node:
+        try:
+            return self.children[name]
+        except KeyError:
+            raise errors.NotFound(f"no {name!r} here") from None
+
+    def listing(self, node: Node) -> list[tuple[bytes, Any]]:
+        return list(self.children.items())
+
+    def listed(self, node: Node, name: bytes, token: Node) -> Node:
+        return token
+
+    def parent(self, node: Node) -> Node:
+        return node
+
+    def space(self, node: Node) -> tuple[int, ...]:
+        found = os.statvfs(self._path)
+        return (
+            found.f_bsize,
+            found.f_frsize,
+            found.f_blocks,
+            found.f_bfree,
+            found.f_bavail,
+            found.f_files,
+            found.f_ffree,
+            found.f_favail,
+            found.f_namemax,
+        )
