@@ -1,0 +1,180 @@
+"""fusestore mount and umount as processes: what they leave, what they say when they cannot (issue: CLI)."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from rig.images import Images
+from rig.mounts import Mount, Place, wait_until
+
+pytestmark = [pytest.mark.mounted, pytest.mark.images]
+
+as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
+as_user = pytest.mark.parametrize("person", ["user"], indirect=True)
+
+
+def _says(result_err: str, *words: str) -> None:
+    assert result_err.startswith("fusestore: ") and result_err.count("\n") == 1, result_err
+    for word in words:
+        assert word in result_err
+
+
+def test_mount_returns_when_the_mount_answers(unmounted: Mount) -> None:
+    assert unmounted.fusestore("mount", unmounted.mountpoint).ok() == ""
+    assert unmounted.sh("ls").ok().split() == ["containers", "images"]
+
+
+def test_umount_returns_when_the_process_has_gone(fresh: Mount) -> None:
+    assert fresh.pids() != []
+    fresh.fusestore("umount", fresh.mountpoint).ok()
+    assert fresh.pids() == []
+    assert not fresh.is_mounted()
+
+
+def test_the_process_has_left_the_terminal(fresh: Mount) -> None:
+    (pid,) = fresh.pids()
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.getsid(pid) != os.getsid(0)
+    assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
+    assert os.readlink(f"/proc/{pid}/fd/2").startswith(str(fresh.run_dir))
+
+
+def test_a_relative_mount_point_and_store_work(unmounted: Mount) -> None:
+    options = ("--store", "store", "--run-dir", "run")
+    unmounted.fusestore("mount", "mnt", *options, cwd=unmounted.base).ok()
+    assert unmounted.sh("ls images/busybox/").code == 0
+    unmounted.fusestore(*options, "umount", "./mnt/", cwd=unmounted.base).ok()
+
+
+def test_fusermount_ends_the_process_too(fresh: Mount) -> None:
+    command = ["umount"] if fresh.person.is_root else ["fusermount3", "-u"]
+    fresh.person.run(*command, fresh.mountpoint).ok()
+    wait_until(lambda: fresh.pids() == [])
+
+
+def test_sigterm_unmounts(fresh: Mount) -> None:
+    (pid,) = fresh.pids()
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: fresh.pids() == [] and not fresh.is_mounted())
+
+
+def test_umount_of_a_busy_mount_is_refused(fresh: Mount) -> None:
+    result = fresh.sh("fusestore umount $PWD")
+    assert result.code == 1
+    _says(result.err, "busy")
+    assert fresh.sh("ls images").code == 0
+
+
+def test_umount_of_nothing_is_refused(unmounted: Mount) -> None:
+    result = unmounted.fusestore("umount", unmounted.mountpoint)
+    assert result.code == 1
+    _says(result.err, "fusestore mount")
+
+
+def test_a_second_mount_at_one_place_is_refused(fresh: Mount) -> None:
+    result = fresh.fusestore("mount", fresh.mountpoint)
+    assert result.code == 1
+    _says(result.err, "mount point already")
+
+
+def test_two_mounts_of_one_store_show_the_same(fresh: Mount) -> None:
+    second = fresh.base / "second"
+    second.mkdir()
+    os.chown(second, fresh.person.uid, fresh.person.gid)
+    fresh.fusestore("mount", second).ok()
+    try:
+        fresh.sh("mkdir containers/a && echo x > containers/a/rootfs/x").ok()
+        assert fresh.sh("cd $1 && cat containers/a/rootfs/x", second).ok() == "x\n"
+        fresh.sh("echo '{\"user\": 1}' > $1/containers/a/metadata.json", second).ok()
+        assert fresh.sh("jq .user containers/a/metadata.json").ok() == "1\n"
+    finally:
+        fresh.fusestore("umount", second).ok()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        ("rm -r mnt", ["does not exist", "mkdir"]),
+        ("rm -r mnt; touch mnt", ["not a directory"]),
+        ("rm -r mnt; ln -s store mnt", ["elsewhere", "choose another"]),
+        ("rm -r mnt; mkdir store/mnt; ln -s store/mnt mnt", ["choose another"]),
+    ],
+)
+def test_where_no_mount_can_be_is_refused(unmounted: Mount, make: str, words: list[str]) -> None:
+    unmounted.person.run("bash", "-c", make, cwd=unmounted.base).ok()
+    result = unmounted.fusestore("mount", unmounted.mountpoint)
+    assert result.code == 1
+    _says(result.err, words[-1])
+
+
+def test_mount_without_a_store_says_what_to_do(place: Place) -> None:
+    result = place.fusestore("mount", place.mountpoint)
+    assert result.code == 1
+    _says(result.err, "fusestore import")
+    assert not place.store.exists()
+
+
+@as_root
+def test_a_dead_mount_is_explained(fresh: Mount) -> None:
+    (pid,) = fresh.pids()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: fresh.pids() == [])
+    result = fresh.fusestore("mount", fresh.mountpoint)
+    assert result.code == 1
+    _says(result.err, "fusermount3 -uz")
+    subprocess.run(["umount", "-l", fresh.mountpoint], check=True, timeout=30)
+
+
+def test_a_killed_daemon_loses_nothing_that_was_synced(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/a && echo kept > containers/a/rootfs/x && sync containers/a/rootfs/x").ok()
+    (pid,) = fresh.pids()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: fresh.pids() == [])
+    subprocess.run(["umount", "-l", fresh.mountpoint], check=True, timeout=30)
+    assert fresh.fusestore("check").ok() == ""
+    fresh.mount()
+    assert fresh.sh("cat containers/a/rootfs/x").ok() == "kept\n"
+
+
+@as_user
+def test_allow_other_needs_the_permission_of_root(unmounted: Mount) -> None:
+    conf = Path("/etc/fuse.conf")
+    if conf.exists() and "user_allow_other" in conf.read_text().splitlines():
+        unmounted.fusestore("mount", "--allow-other", unmounted.mountpoint).ok()
+        return
+    result = unmounted.fusestore("mount", "--allow-other", unmounted.mountpoint)
+    assert result.code == 1
+    _says(result.err, "user_allow_other", "/etc/fuse.conf")
+
+
+@as_root
+def test_allow_other_lets_others_in(unmounted: Mount) -> None:
+    unmounted.fusestore("mount", "--allow-other", unmounted.mountpoint).ok()
+    others = subprocess.run(
+        ["cat", unmounted.images / "busybox/rootfs/etc/hostname"],
+        user=65534, capture_output=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert others.stdout == b"busybox\n"
+
+
+def test_foreground_logs_to_standard_error(unmounted: Mount) -> None:
+    script = """
+        cd $1; fusestore mount --foreground mnt 2> log &
+        until grep -q fusestore /proc/self/mountinfo && ls mnt/images > /dev/null; do
+            kill -0 $! || { cat log; exit 1; }
+        done
+        fusestore umount $1/mnt; wait $!; code=$?; cat log; exit $code
+    """
+    result = unmounted.person.run("bash", "-c", script, "bash", unmounted.base, env=unmounted.environment)
+    assert " INFO " in result.ok()
+
+
+def test_a_cache_size_is_taken(unmounted: Mount, images: Images) -> None:
+    unmounted.fusestore("import", "--cache-size", "1M", images.debian.source).ok()
+    unmounted.fusestore("mount", "--cache-size", "4M", unmounted.mountpoint).ok()
+    shown = unmounted.sh("cat images/debian/layers/0/tar | sha256sum; cat images/debian/config.json").ok()
+    assert shown.split()[0] in shown.split("-", 1)[1]
+    used = sum(file.stat().st_blocks * 512 for file in unmounted.store.glob("layers/*/cache"))
+    assert used <= 4 << 20
