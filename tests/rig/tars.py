@@ -1,12 +1,26 @@
 """Tars made by hand, byte for byte, also such as no tool makes. Pure."""
 
+import stat
 from collections.abc import Iterable
 
 from fusestore.layer import LayerBuilder, LayerIndex
 from fusestore.nodes import TarEntry
 from fusestore.tar import TarLimits, TarScanner
 
-__all__ = ["END", "content", "header", "index_of", "long_name", "member", "padded", "pax", "scan", "walk"]
+__all__ = [
+    "END",
+    "content",
+    "entry",
+    "header",
+    "index_of",
+    "long_name",
+    "member",
+    "outline",
+    "padded",
+    "pax",
+    "scan",
+    "walk",
+]
 
 END = bytes(1024)
 
@@ -96,6 +110,38 @@ def walk(index: LayerIndex) -> dict[bytes, int]:
         for name, inode in index.children(directory):
             child = path + b"/" + name if path else name
             found[child] = inode
-            if index.mode(inode) & 0o170000 == 0o040000:
+            if stat.S_ISDIR(index.mode(inode)):
                 waiting.append((child, inode))
     return found
+
+
+def entry(path: bytes, type: bytes = b"0", **fields: object) -> TarEntry:
+    """An entry as the scanner gives it: mode 0644, owner root, empty, of 1970, except for `fields`."""
+    plain = TarEntry(type, path, b"", 0o644, 0, 0, 0, 0, 0, (), ())
+    return plain._replace(**fields)  # type: ignore[arg-type]
+
+
+def outline(index: LayerIndex) -> dict[bytes, str]:
+    """What a layer does with each path, in a word or two; the root is left out.
+
+    Regular files are told apart by their mtime, which a test sets as it likes.
+    """
+    return {path: _word(index, inode) for path, inode in walk(index).items() if path}
+
+
+def _word(index: LayerIndex, inode: int) -> str:
+    if index.is_whiteout(inode):
+        return "whiteout"
+    if index.is_lower_link(inode):
+        return f"lower {index.target(inode).decode()}"
+    mode = index.mode(inode)
+    if stat.S_ISDIR(mode):
+        marks = [
+            mark
+            for mark, is_set in (("implicit", index.is_implicit), ("opaque", index.is_opaque))
+            if is_set(inode)
+        ]
+        return " ".join(("directory", *marks))
+    if stat.S_ISLNK(mode):
+        return f"symlink {index.target(inode).decode()}"
+    return f"{'file' if stat.S_ISREG(mode) else 'special'} {index.attr(inode).mtime_ns}"
