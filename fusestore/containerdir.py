@@ -14,6 +14,7 @@ also not through what the kernel has cached. Hence `Inodes.replace`: the number 
 empty directory.
 """
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from . import errors
 from .documentfile import DocumentNode
+from .durable import lock_directory
 from .inodes import Branch, Inodes, Node, Steps
 from .layout import Layout
 from .nodes import Attr, Inode
@@ -253,8 +255,22 @@ class ContainerDir(Node):
         self.refresh()
         if self.is_mounted:
             raise errors.Busy(f"container {self.id} is started: stop it before you {what} it")
-        if self.is_in_use:
+        if self.is_in_use or self._is_held_elsewhere():
             raise errors.Busy(f"container {self.id} is in use: close what is open in it before you {what} it")
+
+    def _is_held_elsewhere(self) -> bool:
+        """Whether another process, or another mount, has something open in it."""
+        try:
+            fd = lock_directory(self.around.layout.container(self.id), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        if fd is not None:
+            os.close(fd)
+        return False
+
+    def has_root(self, node: Node) -> bool:
+        """Whether `node` is the root of one of the parts."""
+        return any(part.root is node for part in self._parts.values())
 
     def detach(self) -> None:
         """Let go of everything on disk. Known nodes of the parts answer Stale; lookups make them anew."""

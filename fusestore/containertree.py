@@ -8,6 +8,7 @@ Nothing but directories can be made in /containers, nothing but plain files next
 """
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -25,6 +26,9 @@ from .synthetic import MANY_LINKS, FixedBranch, Owner, RootfsDriver
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ContainerTree"]
+
+_REFUSAL_S = 5.0
+"""How long after a refused unlink(metadata.json) an opendir by the same thread is taken for the same rm -r."""
 
 
 class _Root(Node):
@@ -74,6 +78,8 @@ class ContainerTree(FixedBranch):
         self._links: WeakValueDictionary[str, _NameLink] = WeakValueDictionary()
         self._kept: dict[str, ContainerDir] = {}
         """Directories with state that the kernel has forgotten: scratch files, a removal half-way."""
+        self._refused: dict[ContainerDir, tuple[int, float]] = {}
+        """Who was refused to remove it (thread id), and until when that counts."""
         self.root = _Root(self, inodes.number())
 
     # Looking
@@ -378,6 +384,31 @@ class ContainerTree(FixedBranch):
         self._dirs[new_id] = container
         if self._kept.pop(old_id, None) is not None:
             self._kept[new_id] = container
+
+    # rm -r of a container in use
+
+    def unlink_for(self, node: Node, name: bytes, caller: Caller) -> Maybe[None]:
+        """As `unlink`, and remembers whom it refused because the container is in use."""
+        try:
+            return self.unlink(node, name)
+        except errors.Busy:
+            if isinstance(node, ContainerDir):
+                self._refused[node] = caller.pid, time.monotonic() + _REFUSAL_S
+            raise
+
+    def require_welcome(self, node: Node, caller: Caller) -> None:
+        """Raises Busy for the root of a part whose removal was refused to the same caller just now.
+
+        After an error ``rm -r`` goes on with the next name. It must not empty the rootfs of a running container.
+        """
+        if not self._refused:
+            return
+        now = time.monotonic()
+        for container, (pid, until) in list(self._refused.items()):
+            if until < now:
+                del self._refused[container]
+            elif pid == caller.pid and container.has_root(node):
+                raise errors.Busy(f"container {container.id} is in use: it cannot be removed now")
 
     # Renaming next to a metadata.json
 

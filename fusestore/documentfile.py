@@ -140,4 +140,4 @@ class DocumentWriter(FileHandle):
     def close(self) -> None:
         buffer = self._buffer
         if buffer != self._committed and not (self._appends and buffer.isspace()):
-            log.warning("%s: what was written is no whole JSON object: the old document stays", self._what)
+            log.warning("%s: not one whole JSON object was written: the old document stays", self._what)

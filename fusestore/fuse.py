@@ -209,7 +209,7 @@ class Filesystem(pyfuse3.Operations):
     async def unlink(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
-        await self._finish(self.tree.unlink(parent_inode, name))
+        await self._finish(self.tree.unlink(parent_inode, name, _caller(ctx)))
 
     @_bounded
     async def rmdir(
@@ -275,7 +275,7 @@ class Filesystem(pyfuse3.Operations):
 
     @_bounded
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
-        return pyfuse3.FileHandleT(await self._finish(self.tree.opendir(inode)))
+        return pyfuse3.FileHandleT(await self._finish(self.tree.opendir(inode, _caller(ctx))))
 
     @_bounded
     async def readdir(

@@ -183,10 +183,12 @@ class Tree:
             return _prepared(node.branch, self.link, ino, new_parent_ino, name)
         return self._entered(node.branch.link(node, parent, name))
 
-    def unlink(self, parent_ino: int, name: bytes) -> Maybe[None]:
+    def unlink(self, parent_ino: int, name: bytes, caller: Caller) -> Maybe[None]:
         node = self._place(parent_ino, name)
         if not node.branch.ready:
-            return _prepared(node.branch, self.unlink, parent_ino, name)
+            return _prepared(node.branch, self.unlink, parent_ino, name, caller)
+        if node.branch is self._containers:
+            return self._containers.unlink_for(node, name, caller)
         return node.branch.unlink(node, name)
 
     def rmdir(self, parent_ino: int, name: bytes) -> Maybe[None]:
@@ -247,11 +249,12 @@ class Tree:
 
     # Open directories
 
-    def opendir(self, ino: int) -> Maybe[int]:
+    def opendir(self, ino: int, caller: Caller) -> Maybe[int]:
         node = self.inodes.node(ino)
         branch = node.branch
         if not branch.ready:
-            return _prepared(branch, self.opendir, ino)
+            return _prepared(branch, self.opendir, ino, caller)
+        self._containers.require_welcome(node, caller)
         done = branch.opened_dir(node)
         if done is None:
             return self.handles.add(DirHandle(node, None))
