@@ -1,0 +1,420 @@
+"""The command line. Blocking; alone in fusestore it prints, parses arguments and reads the environment.
+
+Exit codes: 0 done; 1 the operation failed, or check found something; 2 the command line was wrong. An error
+is one line on standard error, ``fusestore: …``, that says what to do. People get tables and, on a terminal,
+progress bars; programs get JSON, whose keys only ever grow in number. Text that came from outside is printed
+through `printable`: a name may hold escape sequences and newlines.
+
+trio, pyfuse3 and rich take longer to load than most commands to run: they are imported where they are used.
+"""
+
+import datetime
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from . import daemon
+from .errors import BadInput, FusestoreError, NotFound
+from .layout import RunLayout, default_run_dir, default_store_dir
+from .store import Store
+
+__all__ = ["main", "printable"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SHORT_ID = 12
+"""Hex digits of an image id in tables; commands take them as well as the whole."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: the process's own); returns its exit code."""
+    try:
+        code = _commands.main(arguments, prog_name="fusestore", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "fusestore"
+        return _fail(f"{error.format_message()} ({command} --help tells more)", code=2)
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", code=130)
+    except BrokenPipeError:
+        # Whoever reads has enough (`fusestore images | head -1`); nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (FusestoreError, OSError) as error:
+        return _fail(daemon.describe(error))
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"fusestore: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without what a terminal would obey: the unprintable is escaped as in Python."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )
+
+
+@dataclass(slots=True)
+class _Places:
+    """What --store and --run-dir say; the last one on the command line counts."""
+
+    store: str
+    run_dir: str
+
+    def open(self, *, create: bool = False, cache_size: int | None = None) -> Store:
+        return Store.open(self.store, self.run_dir, create=create, cache_size=cache_size)
+
+
+def _size_of(text: str) -> int:
+    """A number of bytes, with an optional K, M, G or T (powers of 1024)."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size: write bytes, or a number with K, M, G or T")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _place_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--store and --run-dir, which mean the same before and after the name of a command."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        # Absolute at once: the process of a mount leaves this directory.
+        if ctx.obj is None:
+            env, uid = os.environ, os.geteuid()
+            ctx.obj = _Places(
+                os.path.abspath(env.get("FUSESTORE_STORE") or default_store_dir(env, uid)),
+                os.path.abspath(env.get("FUSESTORE_RUN_DIR") or default_run_dir(env, uid)),
+            )
+        if value is not None:
+            setattr(ctx.obj, str(param.name), os.path.abspath(value))
+
+    run_dir = click.option(
+        "--run-dir", metavar="DIR", expose_value=False, is_eager=True, callback=keep,
+        help="What need not outlive a reboot.  [env: FUSESTORE_RUN_DIR]",
+    )  # fmt: skip
+    store = click.option(
+        "--store", metavar="DIR", expose_value=False, is_eager=True, callback=keep,
+        help="The store's directory.  [env: FUSESTORE_STORE]",
+    )  # fmt: skip
+    return store(run_dir(command))
+
+
+_places = click.make_pass_decorator(_Places)
+_cache_size = click.option(
+    "--cache-size", type=_size_of, metavar="SIZE",
+    help="Bound of what is kept decompressed, with K, M, G or T.  [default: suits the disk]",
+)  # fmt: skip
+_json = click.option("--json", "as_json", is_flag=True, help="JSON for programs instead of a table.")
+
+
+@click.group(
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 the operation failed or check found something, 2 wrong usage.",
+)
+@click.version_option(package_name="fusestore", message="%(prog)s %(version)s")
+@_place_options
+def _commands() -> None:
+    """Container storage as files: images are mounted from their layer blobs, never unpacked."""
+
+
+def _command(function: Callable[..., Any]) -> click.Command:
+    return _commands.command(function.__name__.strip("_"))(_place_options(function))
+
+
+@_command
+@click.argument("source")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="A name for it, instead of its own; repeatable.",
+)
+@_cache_size
+@_places
+def _import(places: _Places, source: str, names: tuple[str, ...], cache_size: int | None) -> None:
+    """Take an image into the store, and print its id.
+
+    SOURCE is oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:REF], or a plain path, which is told
+    apart by its content. The first image of a store is also tagged "default". A store is made where there is
+    none.
+    """
+    with places.open(create=True, cache_size=cache_size) as store, _progress("import") as progress:
+        image = store.import_image(source, names=names, progress=progress)
+    click.echo(image.id)
+
+
+@_command
+@click.argument("mountpoint")
+@click.option("--driver", type=click.Choice(["auto", "union"]), default="auto", show_default=True,
+              help="How rootfs is served; auto takes the fastest that works.")  # fmt: skip
+@click.option("--allow-other", is_flag=True, help="Let users other than you in.")
+@click.option("--foreground", is_flag=True, help="Stay until unmounted; log to standard error.")
+@_cache_size
+@_places
+def _mount(
+    places: _Places, mountpoint: str, driver: str, allow_other: bool, foreground: bool, cache_size: int | None
+) -> None:
+    """Mount the store at a directory.
+
+    Returns when the mount answers. Its log is the file mount-….log in the store's part of the run directory.
+    """
+    mountpoint = os.path.abspath(mountpoint)
+    daemon.check_mountpoint(mountpoint, places.store)
+    daemon.check_permission(allow_other=allow_other)
+
+    def serve(ready: Callable[[], None]) -> None:
+        from . import mount
+
+        with places.open(cache_size=cache_size) as store:
+            log = None if foreground else RunLayout(store.run_dir).mount_log(os.fsencode(mountpoint))
+            daemon.log_to(log)
+            mount.run(store, mountpoint, driver=driver, allow_other=allow_other, ready=ready)
+
+    if foreground:
+        serve(lambda: None)
+    else:
+        daemon.detach(serve)
+
+
+@_command
+@click.argument("mountpoint")
+@_places
+def _umount(places: _Places, mountpoint: str) -> None:
+    """Unmount, and wait until everything is on disk.
+
+    The mount's process has gone then, too. Fails while something in MOUNTPOINT is in use.
+    """
+    from . import mount
+
+    with places.open() as store:
+        mount.unmount(store, os.path.abspath(mountpoint))
+
+
+@_command
+@_json
+@_places
+def _images(places: _Places, as_json: bool) -> None:
+    """List the images."""
+    with places.open() as store:
+        found = [_image_record(store, image.id) for image in store.images()]
+    if as_json:
+        _print_json(found)
+        return
+    _print_table(
+        ("ID", "NAMES", "CREATED", "LAYERS", "SIZE"),
+        (
+            (
+                image["id"][:_SHORT_ID],
+                " ".join(image["names"]) or "-",
+                str(image["created"] or "-")[:19],
+                str(len(image["layers"])),
+                _size(image["size"]),
+            )
+            for image in found
+        ),
+    )
+
+
+@_command
+@_json
+@_places
+def _containers(places: _Places, as_json: bool) -> None:
+    """List the containers."""
+    with places.open() as store:
+        found = list(_container_documents(store))
+    if as_json:
+        _print_json(found)
+        return
+    _print_table(
+        ("ID", "NAME", "IMAGE", "CREATED", "STATE"),
+        (
+            (
+                container["id"],
+                container["name"],
+                container["image-name"] or container["image-id"][:_SHORT_ID] or "-",
+                datetime.datetime.fromtimestamp(container["created-at"]).isoformat(" ", "seconds"),
+                "started" if container["mounted"] else "stopped",
+            )
+            for container in found
+        ),
+    )
+
+
+def _container_documents(store: Store) -> Iterator[dict[str, Any]]:
+    for container_id in store.container_ids():
+        try:
+            yield store.get_container_metadata(container_id)
+        except NotFound:
+            # Deleted since it was listed.
+            continue
+
+
+def _image_record(store: Store, ref: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(store.image_metadata(store.image(ref)))
+    return record
+
+
+@_command
+@click.argument("image")
+@click.argument("id", required=False)
+@click.option("--name", metavar="NAME", help="A name beside the id.")
+@click.option("--label", metavar="MOUNTLABEL", default="", help="SELinux label of what carries none.")
+@_places
+def _create(places: _Places, image: str, id: str | None, name: str | None, label: str) -> None:
+    """Make a container, and print its id.
+
+    IMAGE is an image's name, its id or the first 12 digits of that. ID is made up where it is not given.
+    """
+    with places.open() as store:
+        image_id = store.image(image).id
+        image_name = image if store.image_names().get(image) == image_id else None
+        made = store.create_container(
+            image_name=image_name, image_id=image_id, container_name=name, container_id=id, mount_label=label
+        )
+    click.echo(made.id)
+
+
+@_command
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@_places
+def _rm(places: _Places, ids: tuple[str, ...]) -> int:
+    """Delete containers with everything in them.
+
+    Takes ids and names. Goes on after an error, and fails in the end.
+    """
+    code = 0
+    with places.open() as store:
+        for ref in ids:
+            try:
+                store.delete_container(ref)
+            except (FusestoreError, OSError) as error:
+                code = _fail(daemon.describe(error))
+    return code
+
+
+@_command
+@click.argument("ref", metavar="ID|NAME|IMAGE")
+@_places
+def _inspect(places: _Places, ref: str) -> None:
+    """Print the metadata of a container or an image.
+
+    JSON, as in the metadata.json of the mounted tree. A container comes before an image of that name.
+    """
+    with places.open() as store:
+        try:
+            record = store.get_container_metadata(ref)
+        except (NotFound, BadInput):
+            try:
+                record = _image_record(store, ref)
+            except (NotFound, BadInput):
+                raise NotFound(
+                    f"there is no container and no image {ref!r}: fusestore containers and images list them"
+                ) from None
+    _print_json(record)
+
+
+@_command
+@click.argument("ref", metavar="ID")
+@_places
+def _start(places: _Places, ref: str) -> None:
+    """Pin a container, and print where its rootfs is.
+
+    The store has to be mounted. Starting again changes nothing: one stop ends it.
+    """
+    with places.open() as store:
+        rootfs = store.start_container(ref)
+    click.echo(os.fspath(rootfs))
+
+
+@_command
+@click.argument("ref", metavar="ID")
+@_places
+def _stop(places: _Places, ref: str) -> None:
+    """Release what start pinned."""
+    with places.open() as store:
+        store.stop_container(ref)
+
+
+@_command
+@_places
+def _check(places: _Places) -> int:
+    """Verify every file of the store; change nothing.
+
+    Prints one line for each finding, and fails if there is one.
+    """
+    from .check import check
+
+    with places.open() as store, _progress("check") as progress:
+        findings = check(store, progress)
+    for finding in findings:
+        click.echo(printable(str(finding)))
+    return 1 if findings else 0
+
+
+def _print_json(value: object) -> None:
+    # Pure ASCII: nothing in it can act on a terminal, and file names that are not UTF-8 stay printable.
+    click.echo(json.dumps(value, indent=2))
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    on_terminal = sys.stdout.isatty()
+    # Off a terminal a row is a line, whatever its length.
+    console = Console(width=None if on_terminal else 1 << 16, highlight=False)
+    table = Table(box=SIMPLE_HEAD if on_terminal else None, pad_edge=False)
+    for title in header:
+        table.add_column(title, no_wrap=not on_terminal, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(count)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with rate and time left on a terminal; elsewhere None: nothing is printed."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
