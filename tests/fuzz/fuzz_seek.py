@@ -1,8 +1,8 @@
 """Fuzz target: tables of seek points, and compressed streams.
 
-Invariant: whatever the bytes, a table opens and gives its restarts, or StoreDamaged; a stream decodes in pieces
-of at most 1 MiB, or LayerRefused; and a run decoded from any table over any blob ends in the same ways. Every
-other exception, a crash or a hang is a bug.
+Invariant: whatever the bytes, a table opens and gives its restarts, or StoreDamaged; a stream decodes in
+pieces of at most 1 MiB, or LayerRefused; and a run decoded from any table over any blob ends in these two
+ways. Every other exception, a crash or a hang is a bug.
 
     python tests/fuzz/fuzz_seek.py [SECONDS]
 
