@@ -169,7 +169,9 @@ def _damaged(blob_path: FilePath, what: str) -> StoreDamaged:
 class LayerReader(ABC):
     """Random access to the uncompressed tar of one layer.
 
-    Thread-safe, but for `close`: the caller sees to it that no read runs beside it or comes after it.
+    Thread-safe, but for `close`: the caller sees to it that no read runs beside it or comes after it. One
+    that nobody refers to any more closes itself: layers are shared, and none of those who share one knows the
+    last.
     """
 
     size: int
@@ -192,6 +194,9 @@ class LayerReader(ABC):
     @abstractmethod
     def close(self) -> None:
         """Idempotent."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def open_reader(

@@ -16,16 +16,29 @@ whether the thing is still in its place, and makes another if not.
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from .errors import Busy, StoreUnusable
+from .layout import INTENT
 
-__all__ = ["Disk", "Scratch", "Workspace", "disk", "lock_directory", "open_beneath", "read_file", "sync_tree"]
+__all__ = [
+    "Disk",
+    "Scratch",
+    "Workspace",
+    "discard",
+    "disk",
+    "empty_trash",
+    "lock_directory",
+    "open_directory",
+    "read_file",
+    "write_all",
+]
 
 LOCK_TIMEOUT_S = 60.0
 """How long an operation waits for the store's names: they are held for a few renames, never while data is
@@ -81,7 +94,7 @@ def read_file(path: str, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def open_beneath(path: str) -> int:
+def open_directory(path: str) -> int:
     """A descriptor of a directory, for locking it or syncing it. A symlink is not followed."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
@@ -94,7 +107,7 @@ def lock_directory(path: str, operation: int) -> int | None:
     """
     while True:
         try:
-            fd = open_beneath(path)
+            fd = open_directory(path)
         except FileNotFoundError:
             return None
         try:
@@ -116,21 +129,31 @@ def _is_at(fd: int, path: str) -> bool:
     return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """write(2) until everything is written."""
     rest = memoryview(data)
     while rest:
         rest = rest[disk.write(fd, rest) :]
 
 
+def _set_exact_mtime(fd: int) -> None:
+    """Makes the mtime the clock's, to the nanosecond: the kernel's own is as coarse as its tick.
+
+    With the inode number it then tells any two versions of a file apart.
+    """
+    now = time.time_ns()
+    os.utime(fd, ns=(now, now))
+
+
 def _sync_directory(path: str) -> None:
-    fd = open_beneath(path)
+    fd = open_directory(path)
     try:
         disk.fsync(fd)
     finally:
         os.close(fd)
 
 
-def sync_tree(path: str) -> None:
+def _sync_tree(path: str) -> None:
     """fsync of every regular file and directory below `path`, and of itself, children first."""
     for directory, _, files in os.walk(path, topdown=False):
         for name in files:
@@ -162,15 +185,32 @@ class Scratch:
     def join(self, name: str) -> str:
         return f"{self.path}/{name}"
 
-    def write(self, path: str, data: bytes) -> None:
-        """A new file at `path`, inside the directory, content synced. Its directory entry is not: see
-        `sync_tree`."""
-        fd = disk.create(path, 0o600)
+    def mkdir(self, name: str, mode: int = 0o700) -> None:
+        path = self.join(name)
+        disk.mkdir(path, mode)
+        os.chmod(path, mode)  # whatever the umask is
+
+    def symlink(self, name: str, target: str) -> None:
+        disk.symlink(target, self.join(name))
+
+    def create(self, name: str) -> int:
+        """A descriptor of a new file, to write."""
+        return disk.create(self.join(name), 0o600)
+
+    def write(self, name: str, data: bytes) -> None:
+        """A new file. Like all that is made here it is not on disk before `sync`."""
+        fd = self.create(name)
         try:
-            _write_all(fd, data)
-            disk.fsync(fd)
+            write_all(fd, data)
+            _set_exact_mtime(fd)
         finally:
             os.close(fd)
+
+    def sync(self) -> None:
+        """Puts everything in the directory on disk, and that it exists. Before anything is renamed out of
+        it."""
+        _sync_tree(self.path)
+        _sync_directory(os.path.dirname(self.path))
 
     def close(self) -> None:
         """Idempotent."""
@@ -238,6 +278,32 @@ def _delete_one(path: str, trash: str, pending: list[str]) -> None:
     disk.rmdir(path)
 
 
+def discard(paths: Iterable[str], trash: str) -> None:
+    """Moves `paths` into the directory `trash` of the same filesystem, durably; what is gone is passed
+    over."""
+    touched: dict[str, None] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            disk.rename(path, f"{trash}/{_unique()}")
+            touched[os.path.dirname(path)] = None
+    for directory in touched:
+        _sync_directory(directory)
+    if touched:
+        _sync_directory(trash)
+
+
+def empty_trash(trash: str) -> None:
+    """Deletes everything in the directory `trash`. Raises the first OSError after trying everything."""
+    failure: OSError | None = None
+    for name in os.listdir(trash):
+        try:
+            _delete(f"{trash}/{name}", trash)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
 class Workspace:
     """Where changes of one store are made: its tmp/, its trash/, its lock. Thread-safe."""
 
@@ -292,18 +358,25 @@ class Workspace:
             if fd is not None:
                 return Scratch(path, fd, self._trash)
 
+    @contextlib.contextmanager
+    def intent(self, what: Mapping[str, object]) -> Iterator[Scratch]:
+        """A scratch directory whose file INTENT says on disk what is about to change (layout.py,
+        **intent**)."""
+        with self.scratch() as scratch:
+            scratch.write(INTENT, json.dumps(what).encode())
+            scratch.sync()
+            yield scratch
+
     def write_file(self, path: str, data: bytes) -> None:
         """Makes `data` the content of `path`: readers see the old content or the new. Mode 0600.
 
-        The mtime is the clock's, to the nanosecond: with the inode number it tells two versions apart, which
-        the kernel's own timestamps, as coarse as its tick, would not.
+        inode number and mtime tell any two versions apart, however quickly one follows the other.
         """
         fd, temp = self._temporary()
         try:
             try:
-                _write_all(fd, data)
-                now = time.time_ns()
-                os.utime(fd, ns=(now, now))
+                write_all(fd, data)
+                _set_exact_mtime(fd)
                 disk.fsync(fd)
                 disk.rename(temp, path)
             except OSError:
@@ -329,13 +402,6 @@ class Workspace:
         for directory in dict.fromkeys(os.path.dirname(target) for _, target in moves):
             _sync_directory(directory)
 
-    def write_link(self, target: str, path: str) -> None:
-        """Makes `path` a symlink to `target`, in one step if it was another one."""
-        with self.scratch() as scratch:
-            temp = scratch.join("link")
-            disk.symlink(target, temp)
-            self.publish((temp, path))
-
     def make_directory(self, path: str) -> None:
         """mkdir -m 0700, synced in its parent; nothing if it exists."""
         with contextlib.suppress(FileExistsError):
@@ -348,22 +414,17 @@ class Workspace:
             disk.unlink(path)
             _sync_directory(os.path.dirname(path))
 
-    def discard(self, path: str) -> None:
-        """Moves `path` into the trash: gone at once, whatever its size; `empty_trash` gives the space
-        back."""
-        self.publish((path, f"{self._trash}/{_unique()}"))
-        _sync_directory(os.path.dirname(path))
+    def discard(self, *paths: str) -> None:
+        """Moves `paths` into the trash: gone at once, whatever their size; `empty_trash` gives the space
+        back.
+
+        What is gone already is passed over.
+        """
+        discard(paths, self._trash)
 
     def empty_trash(self) -> None:
         """Deletes what was discarded, by whomever. Raises the first OSError after trying everything."""
-        failure: OSError | None = None
-        for name in os.listdir(self._trash):
-            try:
-                _delete(f"{self._trash}/{name}", self._trash)
-            except OSError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+        empty_trash(self._trash)
 
     def has_trash(self) -> bool:
         with os.scandir(self._trash) as entries:

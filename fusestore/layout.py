@@ -91,6 +91,7 @@ __all__ = [
     "DEFAULT_TAG",
     "FORMAT_VERSION",
     "IMAGE_RECORD_VERSION",
+    "INTENT",
     "Layout",
     "OCI_LAYOUT_VERSION",
     "RunLayout",
@@ -106,6 +107,9 @@ OCI_LAYOUT_VERSION = "1.0.0"
 
 ANNOTATION_NAME = "org.opencontainers.image.ref.name"
 ANNOTATION_ID = "io.fusestore.image.id"
+
+INTENT = "intent"
+"""Name of the file, in a directory of tmp/, that says what a change of several renames is about to touch."""
 
 DEFAULT_TAG = "default"
 """The image of a container that is made without naming one."""
@@ -241,14 +245,20 @@ class Layout:
     def workdir_in(directory: str) -> str:
         return _join(directory, "workdir")
 
-    @staticmethod
-    def intent_in(directory: str) -> str:
-        """`directory`: one in tmp/."""
-        return _join(directory, "intent")
-
 
 UNFINISHED = frozenset(
-    ["fusestore.lock", "oci-layout", "index.json", "blobs", "layers", "images", "containers", "names", "tmp", "trash"]
+    [
+        "fusestore.lock",
+        "oci-layout",
+        "index.json",
+        "blobs",
+        "layers",
+        "images",
+        "containers",
+        "names",
+        "tmp",
+        "trash",
+    ]
 )
 """What a directory may hold, besides fusestore.lock which it must, for its creation as a store to be
 resumed."""

@@ -30,7 +30,16 @@ import jiter
 from .errors import BadDocument, NotPermitted
 from .names import parse_container_id
 
-__all__ = ["DOCUMENT_MAX", "Change", "Document", "is_prefix", "merge", "parse_document", "render"]
+__all__ = [
+    "DOCUMENT_MAX",
+    "Change",
+    "Document",
+    "check_label",
+    "is_prefix",
+    "merge",
+    "parse_document",
+    "render",
+]
 
 Document = dict[str, Any]
 
@@ -208,9 +217,19 @@ def _check_types(new: Document) -> None:
         raise BadDocument("created-at must be a whole number of seconds")
     if not isinstance(new.get("mounted", False), bool):
         raise BadDocument("mounted must be true or false")
-    label = new.get("mountlabel", "").encode()
-    if b"\0" in label or len(label) > MOUNTLABEL_MAX:
-        raise BadDocument(f"mountlabel must be an SELinux context: no NUL, at most {MOUNTLABEL_MAX} bytes")
+    check_label(new.get("mountlabel", ""))
+
+
+def check_label(label: str) -> None:
+    """Raises BadDocument for what can be no SELinux label, whatever the policy."""
+    try:
+        encoded = label.encode()
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded or len(encoded) > MOUNTLABEL_MAX:
+        raise BadDocument(
+            f"a mountlabel is an SELinux context: UTF-8, no NUL, at most {MOUNTLABEL_MAX} bytes"
+        )
 
 
 def render(document: Document, container_id: str, *, mounted: bool) -> bytes:

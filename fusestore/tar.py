@@ -148,6 +148,7 @@ class TarScanner:
         "_long_name",
         "_need",
         "_numbers",
+        "_padding",
         "_partial",
         "_pax",
         "_position",
@@ -164,6 +165,7 @@ class TarScanner:
         self._partial = bytearray()  # the beginning of the next piece
         self._need = BLOCK  # length of the next piece
         self._skip = 0
+        self._padding = 0  # of what is skipped, the bytes after the content
         self._step: Callable[[bytes], TarEntry | None] | None = self._read_header  # None: past the end blocks
         self._entries = 0
         self._extended_headers = 0
@@ -225,11 +227,13 @@ class TarScanner:
     def close(self) -> None:
         """Says that no byte follows. Raises LayerRefused where the tar stops within an entry.
 
-        The end blocks may be missing, or one of them: GNU tar and Go accept both.
+        The end blocks may be missing, or one of them: GNU tar and Go accept both. So may the padding of the
+        last entry: `umoci insert` writes none, and Go does not miss it.
         """
         if self._step is None:
             return
-        unfinished = self._skip or self._partial or self._sparse is not None or self._extended_headers
+        within_content = self._skip > self._padding or self._sparse is not None
+        unfinished = within_content or self._partial or self._extended_headers
         if unfinished or self._step == self._read_extended:
             raise LayerRefused(f"tar is truncated: it ends at byte {self._size}, within an entry")
 
@@ -356,7 +360,8 @@ class TarScanner:
                 return self._start_old_sparse(entry, size, block)
             assert sparse is not None and pax is not None
             return self._start_pax_sparse(entry, kind, size, sparse, pax.get("sparse_pairs"))
-        self._skip = (size + BLOCK - 1) & -BLOCK
+        self._padding = -size % BLOCK
+        self._skip = size + self._padding
         data = (Extent(0, size, self._position),) if size else ()
         return TarEntry(kind, path, link, mode, uid, gid, size, mtime_ns, rdev, xattrs, data)
 
@@ -445,7 +450,8 @@ class TarScanner:
                 source += length
         if source - self._position != sparse.stored:
             raise _Malformed("the map of a sparse file does not cover its content")
-        self._skip = (sparse.stored + BLOCK - 1) & -BLOCK
+        self._padding = -sparse.stored % BLOCK
+        self._skip = sparse.stored + self._padding
         self._step = self._read_header
         self._sparse = None
         self._forget_extended()

@@ -1,0 +1,261 @@
+"""The way of an image into the store. Blocking; layers are taken in two at a time, each by a thread.
+
+Everything is staged in a directory of tmp/ first, verified and synced there; then, with the store's names
+locked, it is renamed into place, content before names, index.json last. An import that fails or is killed
+leaves the store as it was; killed between two renames it leaves an intent, and the next open removes what
+nothing points to (layout.py, **intent**).
+
+What the store has already is not stored twice, but it is verified again: importing an image repairs it.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from . import oci
+from .blobs import Ingested, derive, ingest
+from .durable import Scratch, Workspace, write_all
+from .errors import Busy, LayerRefused, StoreDamaged
+from .images import Image, Images, loose_parts
+from .layerfiles import LayerFiles, LayerRef, map_index
+from .layout import Layout
+from .names import digest_hex, parse_image_name
+from .nodes import Digest
+from .sources import LayerSource, Source, open_source
+from .union import check_lower_links
+
+__all__ = ["Importer", "Progress"]
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of blobs done and bytes in all; from any thread, one at a time."""
+
+_THREADS = 2
+"""Decompression and hashing release the GIL; a third layer at once would mostly cost memory."""
+
+_ATTEMPTS = 3
+
+
+class _Stopped(Exception):
+    """Another layer failed, or the user interrupts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A layer on its way. Files are names in the scratch directory; None: the store's own is good."""
+
+    ref: LayerRef
+    blob_file: str | None = None
+    index_file: str | None = None
+    seek_file: str | None = None
+
+
+class _Counter:
+    """Adds up what the threads report, and stops them."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+        self.stopped = threading.Event()
+
+    def add(self, count: int) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
+        if self._progress is not None:
+            with self._lock:
+                self._done += count
+                self._progress(min(self._done, self._total), self._total)
+
+
+class Importer:
+    """Brings images into one store. Thread-safe."""
+
+    def __init__(self, layout: Layout, workspace: Workspace, images: Images, layers: LayerFiles) -> None:
+        self._layout = layout
+        self._workspace = workspace
+        self._images = images
+        self._layers = layers
+
+    def run(self, source_text: str, names: Sequence[str], progress: Progress | None) -> Image:
+        """See `Store.import_image`."""
+        for name in names:
+            parse_image_name(name)
+        self._images.require_free(names)
+        for _ in range(_ATTEMPTS):
+            with (
+                self._workspace.scratch() as scratch,
+                open_source(source_text, scratch=scratch.path) as source,
+            ):
+                image = self._import(source, names or source.names, scratch, progress)
+            if image is not None:
+                return image
+        raise Busy("other processes keep deleting what this image needs: end them, then import it again")
+
+    def _import(
+        self, source: Source, names: Sequence[str], scratch: Scratch, progress: Progress | None
+    ) -> Image | None:
+        """None: what the store had when it was looked at is gone meanwhile."""
+        if self._has_sound_variant(source):
+            image_id = digest_hex(oci.digest_of(source.config))
+            with self._workspace.lock():
+                if image_id not in self._images.catalog().images:
+                    return None
+                self._images.change_names_locked(image_id, names, replace_other=True)
+            return self._images.find(image_id)
+        staged = self._stage(source, scratch, progress)
+        self._check_lower_links(staged, scratch)
+        config = oci.Descriptor(source.config_type, oci.digest_of(source.config), len(source.config))
+        scratch.write("config", source.config)
+        manifest_data = source.manifest
+        if manifest_data is None:
+            refs = [layer.ref for layer in staged]
+            manifest_data = oci.make_manifest(
+                config, [oci.Descriptor(r.media_type, r.blob, r.size) for r in refs]
+            )
+        scratch.write("manifest", manifest_data)
+        descriptor = oci.Descriptor(source.manifest_type, oci.digest_of(manifest_data), len(manifest_data))
+        image = Image(
+            id=digest_hex(config.digest),
+            names=(),
+            manifest=descriptor.digest,
+            layers=tuple(layer.ref for layer in staged),
+            architecture=source.parsed_config.architecture,
+            os=source.parsed_config.os,
+            created=source.parsed_config.created,
+        )
+        scratch.sync()
+        with self._workspace.lock():
+            if not all(self._is_there(layer) for layer in staged):
+                return None
+            with self._images.changing(loose_parts(image)):
+                self._publish_locked(staged, scratch, config.digest, descriptor.digest)
+                self._images.add_locked(descriptor, image, names)
+        return self._images.find(image.id)
+
+    def _has_sound_variant(self, source: Source) -> bool:
+        """Whether the store has this image with another manifest (compressed differently), and all of it."""
+        known = self._images.catalog().images.get(digest_hex(oci.digest_of(source.config)))
+        if known is None or (
+            source.manifest is not None and oci.digest_of(source.manifest) == known.manifest
+        ):
+            return False
+        documents = all(self._is_stored(digest, None) for digest in (known.manifest, known.config))
+        return documents and all(self._is_stored(layer.blob, layer.size) for layer in known.layers)
+
+    def _is_stored(self, digest: Digest, size: int | None) -> bool:
+        """Whether the blob is in the store and has its digest: hashed, since this may be the repair of it."""
+        try:
+            with open(self._layout.blob(digest), "rb", buffering=0) as file:
+                if size is not None and os.fstat(file.fileno()).st_size != size:
+                    return False
+                return hashlib.file_digest(file, "sha256").hexdigest() == digest_hex(digest)
+        except FileNotFoundError:
+            return False
+
+    # Staging
+
+    def _stage(self, source: Source, scratch: Scratch, progress: Progress | None) -> list[_Staged]:
+        """All layers, verified, bottom first."""
+        unique = {(layer.diff_id, layer.blob): layer for layer in source.layers}
+        counter = _Counter(sum(layer.size for layer in unique.values()), progress)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="import") as pool:
+            jobs = {
+                key: pool.submit(self._stage_layer, layer, scratch, str(number), counter)
+                for number, (key, layer) in enumerate(unique.items())
+            }
+            try:
+                done, _ = wait(jobs.values(), return_when=FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+            except BaseException:
+                counter.stopped.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return [jobs[layer.diff_id, layer.blob].result() for layer in source.layers]
+
+    def _stage_layer(self, layer: LayerSource, scratch: Scratch, prefix: str, counter: _Counter) -> _Staged:
+        blob = layer.blob or layer.diff_id  # what it is if it is not compressed
+        if self._is_stored(blob, layer.size):
+            ref = LayerRef(layer.diff_id, blob, layer.size, layer.media_type or oci.LAYER_TYPES["none"])
+            if self._layers.is_complete(ref):
+                counter.add(layer.size)
+                return _Staged(ref)
+            try:
+                made = derive(self._layout.blob(blob), blob=blob, diff_id=layer.diff_id, progress=counter.add)
+            except StoreDamaged as error:
+                raise LayerRefused(str(error)) from error
+            return self._stage_derived(layer, made, scratch, prefix, None)
+        name = f"blob-{prefix}"
+        fd = scratch.create(name)
+        reader = layer.open()
+        try:
+            made = ingest(
+                reader,
+                sink=lambda data: write_all(fd, data),
+                expected_blob=layer.blob,
+                expected_diff_id=layer.diff_id,
+                progress=counter.add,
+            )
+        finally:
+            reader.close()
+            os.close(fd)
+        return self._stage_derived(layer, made, scratch, prefix, name)
+
+    def _stage_derived(
+        self, layer: LayerSource, made: Ingested, scratch: Scratch, prefix: str, blob_file: str | None
+    ) -> _Staged:
+        media_type = layer.media_type or oci.LAYER_TYPES[made.compression]
+        ref = LayerRef(layer.diff_id, made.blob, made.blob_size, media_type)
+        index_file = f"index-{prefix}"
+        scratch.write(index_file, made.index)
+        if made.seek is None:
+            return _Staged(ref, blob_file, index_file)
+        seek_file = f"seek-{prefix}"
+        scratch.write(seek_file, made.seek)
+        return _Staged(ref, blob_file, index_file, seek_file)
+
+    def _check_lower_links(self, staged: Sequence[_Staged], scratch: Scratch) -> None:
+        """Refuses hard links that lead to nothing: only all layers together can tell."""
+        indexes = [
+            map_index(
+                scratch.join(layer.index_file)
+                if layer.index_file
+                else self._layout.layer_index(layer.ref.diff_id)
+            )
+            for layer in staged
+        ]
+        if any(index.lower_links for index in indexes):
+            check_lower_links(indexes)
+
+    # Publishing
+
+    def _is_there(self, layer: _Staged) -> bool:
+        ref = layer.ref
+        needed = [] if layer.blob_file else [self._layout.blob(ref.blob)]
+        if layer.index_file is None:
+            needed.append(self._layout.layer_index(ref.diff_id))
+            if ref.is_compressed:
+                needed.append(self._layout.seek_table(ref.diff_id, ref.blob))
+        return all(os.path.exists(path) for path in needed)
+
+    def _publish_locked(
+        self, staged: Sequence[_Staged], scratch: Scratch, config: Digest, manifest: Digest
+    ) -> None:
+        layout = self._layout
+        moves = []
+        for layer in {layer.ref: layer for layer in staged}.values():
+            ref = layer.ref
+            if layer.blob_file is not None:
+                moves.append((scratch.join(layer.blob_file), layout.blob(ref.blob)))
+            if layer.index_file is not None:
+                self._workspace.make_directory(layout.layer(ref.diff_id))
+                moves.append((scratch.join(layer.index_file), layout.layer_index(ref.diff_id)))
+            if layer.seek_file is not None:
+                moves.append((scratch.join(layer.seek_file), layout.seek_table(ref.diff_id, ref.blob)))
+        moves.append((scratch.join("config"), layout.blob(config)))
+        moves.append((scratch.join("manifest"), layout.blob(manifest)))
+        self._workspace.publish(*moves)

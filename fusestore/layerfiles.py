@@ -1,0 +1,179 @@
+"""The layers of a store, opened: index and reader, shared in a process, and remade from the blob when
+missing. Blocking.
+
+A layer's derived files (layout.py, **layers**) are no truth: what is missing or does not open is derived from
+the blob once more. That a blob has the content of a diff_id is believed only when its seek table is there, or
+the two digests are equal.
+
+Thread-safe. A layer is shared by all who open it, and closes when nobody refers to it any more.
+"""
+
+import mmap
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from .blobs import LayerReader, derive, open_reader
+from .durable import Workspace
+from .errors import StoreDamaged
+from .layer import LayerIndex
+from .layout import Layout
+from .nodes import Digest
+from .seek import SeekTable
+from .spancache import SpanCache
+
+__all__ = ["Layer", "LayerFiles", "LayerRef", "default_cache_size", "map_index"]
+
+_KEPT_OPEN = 64
+"""Layers kept open though nobody refers to them: opening one costs about a millisecond."""
+
+CACHE_SIZE_MIN = 256 << 20
+CACHE_SIZE_MAX = 16 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRef:
+    """One layer of one image: which content, in which blob."""
+
+    diff_id: Digest
+    blob: Digest
+    size: int
+    """Bytes of the blob."""
+    media_type: str
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.blob != self.diff_id
+
+
+class Layer:
+    """An open layer."""
+
+    __slots__ = ("__weakref__", "index", "reader", "ref")
+
+    def __init__(self, ref: LayerRef, index: LayerIndex, reader: LayerReader) -> None:
+        self.ref = ref
+        self.index = index
+        self.reader = reader
+
+
+def default_cache_size(path: str) -> int:
+    """Bytes of decompressed layers to keep on the disk of `path`: a tenth of what is free, 256 MiB to 16
+    GiB."""
+    found = os.statvfs(path)
+    return min(max(found.f_bavail * found.f_frsize // 10, CACHE_SIZE_MIN), CACHE_SIZE_MAX)
+
+
+def map_index(path: str) -> LayerIndex:
+    """The index in the file. Raises StoreDamaged, naming the file, and OSError.
+
+    It is mapped: the file may be replaced and removed, but never truncated.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        if size == 0:
+            raise StoreDamaged(f"layer index {path} is empty: remove it, it is made again from the blob")
+        return LayerIndex(mmap.mmap(fd, size, access=mmap.ACCESS_READ))
+    except StoreDamaged as error:
+        raise StoreDamaged(f"{path}: {error}") from error
+    finally:
+        os.close(fd)
+
+
+class LayerFiles:
+    """The layers of one store. `close` it last."""
+
+    def __init__(self, layout: Layout, workspace: Workspace, cache_size: int | None) -> None:
+        self._layout = layout
+        self._workspace = workspace
+        self._cache_size = cache_size
+        self._lock = threading.Lock()
+        """Guards the four below; not held while a layer is opened."""
+        self._cache: SpanCache | None = None
+        self._open: weakref.WeakValueDictionary[Digest, Layer] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[Digest, Layer] = OrderedDict()
+        self._opening: dict[Digest, threading.Lock] = {}
+
+    def open(self, ref: LayerRef) -> Layer:
+        """The layer, shared with all others who opened it. Raises StoreDamaged if its blob is missing or
+        damaged.
+
+        Takes seconds when the derived files have to be made again.
+        """
+        with self._lock:
+            opening = self._opening.setdefault(ref.diff_id, threading.Lock())
+        with opening:
+            with self._lock:
+                layer = self._open.get(ref.diff_id)
+            if layer is None:
+                layer = self._open_or_derive(ref)
+            with self._lock:
+                self._open[ref.diff_id] = layer
+                self._recent[ref.diff_id] = layer
+                self._recent.move_to_end(ref.diff_id)
+                dropped = self._recent.popitem(last=False) if len(self._recent) > _KEPT_OPEN else None
+        del dropped  # closes it, outside the lock
+        return layer
+
+    def is_complete(self, ref: LayerRef) -> bool:
+        """Whether the derived files are there and open, and so prove that blob and diff_id belong
+        together."""
+        try:
+            tar_size = map_index(self._layout.layer_index(ref.diff_id)).tar_size
+            if ref.is_compressed:
+                SeekTable(self._layout.seek_table(ref.diff_id, ref.blob), tar_size).close()
+        except (OSError, StoreDamaged):
+            return False
+        return True
+
+    def drop(self, diff_ids: list[Digest]) -> None:
+        """No longer keep these open; who refers to them still can use them."""
+        with self._lock:
+            dropped = [self._recent.pop(diff_id, None) for diff_id in diff_ids]
+        del dropped
+
+    def close(self) -> None:
+        """Idempotent. Layers that someone refers to stay open until let go."""
+        with self._lock:
+            dropped = list(self._recent.values())
+            self._recent.clear()
+        del dropped
+
+    def _open_or_derive(self, ref: LayerRef) -> Layer:
+        try:
+            return self._open_layer(ref)
+        except (OSError, StoreDamaged):
+            self._derive(ref)
+            return self._open_layer(ref)
+
+    def _open_layer(self, ref: LayerRef) -> Layer:
+        index = map_index(self._layout.layer_index(ref.diff_id))
+        table = self._layout.seek_table(ref.diff_id, ref.blob) if ref.is_compressed else None
+        cache, cache_path = self._span_cache(), self._layout.span_cache(ref.diff_id)
+        reader = open_reader(self._layout.blob(ref.blob), table, cache, cache_path, index.tar_size)
+        return Layer(ref, index, reader)
+
+    def _span_cache(self) -> SpanCache:
+        with self._lock:
+            if self._cache is None:
+                size = default_cache_size(self._layout.root) if self._cache_size is None else self._cache_size
+                self._cache = SpanCache(size)
+                layers = os.listdir(self._layout.layers)
+                self._cache.adopt(self._layout.span_cache(Digest(f"sha256:{name}")) for name in layers)
+            return self._cache
+
+    def _derive(self, ref: LayerRef) -> None:
+        made = derive(self._layout.blob(ref.blob), blob=ref.blob, diff_id=ref.diff_id)
+        with self._workspace.lock():
+            # The image may have been deleted meanwhile: its layers are not to come back.
+            if not os.path.exists(self._layout.blob(ref.blob)):
+                raise StoreDamaged(
+                    f"layer blob {self._layout.blob(ref.blob)} is gone: import the image again"
+                )
+            self._workspace.make_directory(self._layout.layer(ref.diff_id))
+            self._workspace.write_file(self._layout.layer_index(ref.diff_id), made.index)
+            if made.seek is not None:
+                self._workspace.write_file(self._layout.seek_table(ref.diff_id, ref.blob), made.seek)

@@ -1,0 +1,269 @@
+"""The JSON documents of OCI images: indexes, manifests, configs. Pure.
+
+OCI image-spec: descriptor.md, image-index.md, manifest.md, config.md, image-layout.md; and what Docker calls
+the same (schema 2, manifest lists). Read is what others wrote, so every field is checked before it is used,
+and BadSource says what is wrong; unknown fields are ignored. Written is only what `make_manifest` makes.
+
+The media type of a layer says that it is a tar; how it is compressed its first bytes tell
+(fusestore.streams).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import jiter
+
+from .errors import BadName, BadSource
+from .names import parse_digest
+from .nodes import Digest
+
+__all__ = [
+    "CONFIG_TYPE",
+    "Config",
+    "DOCUMENT_MAX",
+    "Descriptor",
+    "LAYERS_MAX",
+    "LAYER_TYPES",
+    "MANIFEST_TYPE",
+    "Manifest",
+    "choose_platform",
+    "encode",
+    "digest_of",
+    "is_index",
+    "make_manifest",
+    "parse_config",
+    "parse_descriptors",
+    "parse_list",
+    "parse_manifest",
+    "parse_object",
+]
+
+DOCUMENT_MAX = 4 << 20
+"""Bytes of a manifest, config or index: what registries and containers/image accept."""
+
+LAYERS_MAX = 1024
+"""Layers of an image. Builders stop at 127, the kernel's overlayfs at 500 lower directories."""
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+
+_MANIFEST_TYPES = (MANIFEST_TYPE, "application/vnd.docker.distribution.manifest.v2+json")
+_INDEX_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+_CONFIG_TYPES = (CONFIG_TYPE, "application/vnd.docker.container.image.v1+json")
+
+LAYER_TYPES: Mapping[str, str] = {
+    "none": "application/vnd.oci.image.layer.v1.tar",
+    "gzip": "application/vnd.oci.image.layer.v1.tar+gzip",
+    "zstd": "application/vnd.oci.image.layer.v1.tar+zstd",
+}
+"""By compression."""
+
+_ALL_LAYER_TYPES = frozenset(
+    [
+        *LAYER_TYPES.values(),
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+        "application/vnd.docker.image.rootfs.diff.tar",
+        "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A pointer to a blob, with what it must be."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    os: str = ""
+    architecture: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    media_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    """Bottom first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What fusestore wants to know of an image's config."""
+
+    diff_ids: tuple[Digest, ...]
+    """Bottom first."""
+    architecture: str
+    os: str
+    created: str
+    """RFC 3339; "" if the image does not say."""
+
+
+def digest_of(data: bytes) -> Digest:
+    return Digest("sha256:" + sha256(data).hexdigest())
+
+
+def encode(document: Mapping[str, object]) -> bytes:
+    """JSON without blanks, as Go's tools write it."""
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def parse_object(data: bytes, what: str, limit: int = DOCUMENT_MAX) -> dict[str, Any]:
+    """The JSON object in `data`, of at most `limit` bytes. `what` names the document in errors."""
+    found = _parse_json(data, what, limit)
+    if not isinstance(found, dict):
+        raise BadSource(f"{what} is no JSON object: the image is damaged, fetch it again")
+    return found
+
+
+def parse_list(data: bytes, what: str) -> list[Any]:
+    """The JSON array in `data`."""
+    found = _parse_json(data, what, DOCUMENT_MAX)
+    if not isinstance(found, list):
+        raise BadSource(f"{what} is no JSON array: the image is damaged, fetch it again")
+    return found
+
+
+def _parse_json(data: bytes, what: str, limit: int) -> Any:
+    if len(data) > limit:
+        raise BadSource(f"{what} has over {limit} bytes: no image needs that much")
+    try:
+        return jiter.from_json(data)
+    except ValueError as error:
+        raise BadSource(f"{what} is no JSON ({error}): the image is damaged, fetch it again") from None
+
+
+def is_index(document: Mapping[str, Any]) -> bool:
+    """Whether it lists manifests (an index, a manifest list) rather than layers."""
+    media_type = document.get("mediaType")
+    return media_type in _INDEX_TYPES or (media_type is None and "manifests" in document)
+
+
+def parse_descriptors(document: Mapping[str, Any], key: str, what: str) -> tuple[Descriptor, ...]:
+    """The descriptors under `key`, a list; Go's tools write null for an empty one."""
+    found = document.get(key, ...)
+    if found is None:
+        return ()
+    if not isinstance(found, list):
+        raise BadSource(f"{what} has no list of {key}: it is not of an image")
+    return tuple(_descriptor(entry, what) for entry in found)
+
+
+def _descriptor(entry: Any, what: str) -> Descriptor:
+    if not isinstance(entry, dict):
+        raise BadSource(f"{what} has a descriptor that is no JSON object")
+    digest, size, media_type = entry.get("digest"), entry.get("size"), entry.get("mediaType", "")
+    if not isinstance(digest, str) or not isinstance(media_type, str):
+        raise BadSource(f"{what} has a descriptor without digest or media type")
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 1 << 63:
+        raise BadSource(f"{what} has a descriptor with a wrong size, {size!r}")
+    try:
+        checked = parse_digest(digest)
+    except BadName as error:
+        raise BadSource(f"{what}: {error}") from None
+    platform = _mapping(entry.get("platform"))
+    annotations = {
+        key: value for key, value in _mapping(entry.get("annotations")).items() if isinstance(value, str)
+    }
+    return Descriptor(
+        media_type, checked, size, annotations, _text(platform, "os"), _text(platform, "architecture")
+    )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(document: Mapping[str, Any], key: str) -> str:
+    value = document.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def parse_manifest(data: bytes, what: str, media_type: str = "") -> Manifest:
+    """Of an image manifest, OCI or Docker schema 2. `media_type`: what its descriptor said, if anything."""
+    document = parse_object(data, what)
+    if document.get("schemaVersion") != 2:
+        raise BadSource(
+            f"{what} is of Docker's schema 1: copy the image with skopeo first, which converts it"
+        )
+    media_type = _text(document, "mediaType") or media_type or MANIFEST_TYPE
+    if media_type not in _MANIFEST_TYPES:
+        raise BadSource(f"{what} is of type {media_type!r}: not the manifest of an image")
+    config = _descriptor(document.get("config"), what)
+    if config.media_type not in _CONFIG_TYPES:
+        raise BadSource(
+            f"{what} is of an artifact, its config is of type {config.media_type!r}: not an image"
+        )
+    layers = parse_descriptors(document, "layers", what)
+    if len(layers) > LAYERS_MAX:
+        raise BadSource(f"{what} lists {len(layers)} layers, over the limit of {LAYERS_MAX}")
+    for layer in layers:
+        if layer.media_type not in _ALL_LAYER_TYPES:
+            raise BadSource(
+                f"{what} has a layer of type {layer.media_type!r}: only plain layers of files can be read"
+            )
+    return Manifest(media_type, config, layers)
+
+
+def parse_config(data: bytes, what: str) -> Config:
+    document = parse_object(data, what)
+    os = _text(document, "os")
+    if os not in ("", "linux"):
+        raise BadSource(f"{what} is of an image for {os!r}: only images for linux can be used")
+    rootfs = _mapping(document.get("rootfs"))
+    diff_ids = rootfs.get("diff_ids")
+    # Docker and buildah write null for an image without layers.
+    if diff_ids is None and rootfs.get("type") == "layers":
+        diff_ids = []
+    if not isinstance(diff_ids, list) or not all(isinstance(diff_id, str) for diff_id in diff_ids):
+        raise BadSource(f"{what} has no rootfs.diff_ids: not the config of an image")
+    if len(diff_ids) > LAYERS_MAX:
+        raise BadSource(f"{what} lists {len(diff_ids)} layers, over the limit of {LAYERS_MAX}")
+    try:
+        checked = tuple(parse_digest(diff_id) for diff_id in diff_ids)
+    except BadName as error:
+        raise BadSource(f"{what}: {error}") from None
+    return Config(checked, _text(document, "architecture"), os or "linux", _text(document, "created"))
+
+
+def choose_platform(candidates: Sequence[Descriptor], architecture: str, what: str) -> Descriptor:
+    """The manifest for linux on `architecture` (GOARCH), or the only one there is for linux."""
+    linux = [found for found in candidates if found.os in ("", "linux")]
+    matching = [found for found in linux if found.architecture in ("", architecture)] or linux
+    digests = {found.digest for found in matching}
+    if len(digests) == 1:
+        return matching[0]
+    exact = {found.digest: found for found in matching if found.architecture == architecture}
+    if len(exact) == 1:
+        return next(iter(exact.values()))
+    offered = sorted({f"{found.os or '?'}/{found.architecture or '?'}" for found in candidates})
+    raise BadSource(
+        f"{what} has no single image for linux/{architecture}, but {', '.join(offered) or 'none at all'}"
+    )
+
+
+def make_manifest(config: Descriptor, layers: Sequence[Descriptor]) -> bytes:
+    """An OCI manifest; the same bytes for the same arguments."""
+
+    def plain(descriptor: Descriptor) -> dict[str, object]:
+        return {"mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size}
+
+    document = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "config": plain(config),
+        "layers": [plain(layer) for layer in layers],
+    }
+    return encode(document)

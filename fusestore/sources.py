@@ -1,0 +1,583 @@
+"""Sources of images: OCI layouts and docker-save archives, as directories or in tars. Blocking; only reads.
+
+::
+
+    oci:DIR[:REF]               an OCI image layout
+    oci-archive:FILE[:REF]      the same in a tar
+    docker-archive:FILE[:REF]   what `docker save` writes
+    PATH                        any of these, told apart by content
+
+The tar may be compressed (gzip, zstd, xz, bzip2): it is then decompressed to an unlinked file first. REF is a
+name the source gives the image, or a digest ``sha256:…`` of its manifest; of a docker-archive also ``@N``,
+its Nth image.
+
+Nothing is trusted: documents are bounded and their digests and sizes checked here, a layer's digest by who
+reads it (fusestore.blobs). In a directory symlinks are followed, as its owner may have made them, but only to
+regular files; in a tar they lead to members of the same tar.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import platform
+import posixpath
+import re
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
+
+import zstandard
+
+from . import oci
+from .errors import BadName, BadSource
+from .layout import ANNOTATION_NAME
+from .names import digest_hex, parse_digest, parse_image_name
+from .nodes import Digest
+
+__all__ = ["LayerSource", "Reader", "Source", "machine_architecture", "open_source"]
+
+ARCHIVE_MAX = 256 << 30
+"""Bytes of a compressed archive, decompressed: a bomb ends here, or when the disk is full."""
+
+MEMBERS_MAX = 100_000
+"""Members of an archive: three a layer, and a few."""
+
+HEADER_MAX = 1 << 20
+"""Bytes tarfile may read at once: it reads extended headers whole, whatever length they claim."""
+
+LINKS_MAX = 8
+"""Symlinks followed from one name in an archive."""
+
+NESTING_MAX = 3
+"""Indexes inside indexes."""
+
+_CONTAINERD_NAME = "io.containerd.image.name"
+_DIGESTS_SHOWN = 8
+
+
+class Reader(Protocol):
+    """A blob being read. Not thread-safe; each has its own place in the file."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """One layer of a source, still to be verified."""
+
+    diff_id: Digest
+    blob: Digest | None
+    """None: the source does not say."""
+    size: int
+    media_type: str
+    """ "" if the source does not say."""
+    _files: "_Files"
+    _name: str
+
+    def open(self) -> Reader:
+        """The caller closes it. Any thread."""
+        return self._files.open(self._name)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One image. `close` it when all its layers were read."""
+
+    manifest: bytes | None
+    """None: the source has none, it is to be made when the blobs are known."""
+    manifest_type: str
+    config: bytes
+    config_type: str
+    parsed_config: oci.Config
+    layers: tuple[LayerSource, ...]
+    """Bottom first, as many as the config's diff_ids."""
+    names: tuple[str, ...]
+    """What the source calls the image, as far as an image can be called that."""
+    _files: "_Files"
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_source(text: str, *, scratch: str | None = None) -> Source:
+    """The image `text` means. Raises BadSource, which says what to do instead.
+
+    `scratch`: the directory where a compressed archive is decompressed (default: that of temporary files).
+    """
+    kind, path, ref = _parse(text)
+    files: _Files = _Directory(path) if os.path.isdir(path) else _Archive(path, scratch)
+    try:
+        if kind == "":
+            kind = "oci" if files.has("oci-layout") else "docker" if files.has("manifest.json") else ""
+        if kind == "oci":
+            return _open_layout(files, text, ref)
+        if kind == "docker":
+            return _open_docker(files, text, ref)
+        raise BadSource(f"{path} holds no image: neither an oci-layout nor a manifest.json is in it")
+    except BaseException:
+        files.close()
+        raise
+
+
+def machine_architecture() -> str:
+    """This machine's, as images spell it (GOARCH)."""
+    machine = platform.machine()
+    names = {
+        "x86_64": "amd64",
+        "aarch64": "arm64",
+        "armv7l": "arm",
+        "armv6l": "arm",
+        "i686": "386",
+        "loongarch64": "loong64",
+    }
+    return names.get(machine, machine)
+
+
+_TRANSPORTS = {"oci": ("oci", True), "oci-archive": ("oci", False), "docker-archive": ("docker", False)}
+
+
+def _parse(text: str) -> tuple[str, str, str]:
+    """kind ("oci", "docker", "" = look), path, ref ("" = none)."""
+    transport, colon, rest = text.partition(":")
+    if colon and transport in _TRANSPORTS:
+        kind, wants_directory = _TRANSPORTS[transport]
+        path, ref = _split_ref(rest)
+        if os.path.isdir(path) != wants_directory and os.path.exists(path):
+            wanted = "a directory" if wants_directory else "a file"
+            raise BadSource(
+                f"{path} is not {wanted}, as {transport}: wants: give the path without {transport}:"
+            )
+    else:
+        kind, path, ref = "", text, ""
+        if not os.path.exists(path) and re.match(r"[a-z][a-z+-]*:", text):
+            raise BadSource(
+                f"{text} cannot be read directly: copy it first, with skopeo copy {text} oci:DIR:NAME"
+            )
+    if not os.path.exists(path):
+        forms = "oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:REF] or a path"
+        raise BadSource(f"there is no {path or 'such source'}: give {forms}")
+    return kind, path, ref
+
+
+def _split_ref(rest: str) -> tuple[str, str]:
+    """As containers/image does, at the first colon; but a path that exists may have colons itself."""
+    if os.path.exists(rest):
+        return rest, ""
+    path, _, ref = rest.partition(":")
+    return path, ref
+
+
+# What files are read from
+
+
+class _Files(Protocol):
+    """The files of a source, by names relative to it."""
+
+    path: str
+
+    def has(self, name: str) -> bool: ...
+
+    def size(self, name: str) -> int:
+        """Raises BadSource if there is no regular file `name`."""
+
+    def open(self, name: str) -> Reader: ...
+
+    def close(self) -> None: ...
+
+
+def _read_document(files: _Files, name: str, limit: int = oci.DOCUMENT_MAX) -> bytes:
+    if files.size(name) > limit:
+        raise BadSource(f"{name} in {files.path} has over {limit} bytes: no image needs that much")
+    reader = files.open(name)
+    try:
+        chunks = []
+        while chunk := reader.read(limit):
+            chunks.append(chunk)
+            limit -= len(chunk)
+        return b"".join(chunks)
+    finally:
+        reader.close()
+
+
+class _Section:
+    """`size` bytes of a file at `start`, read through a descriptor of its own."""
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self._fd = fd
+        self._offset = start
+        self._end = start + size
+
+    def read(self, size: int, /) -> bytes:
+        data = os.pread(self._fd, min(size, self._end - self._offset), self._offset)
+        self._offset += len(data)
+        return data
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class _Directory:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def has(self, name: str) -> bool:
+        return os.path.isfile(os.path.join(self.path, name))
+
+    def size(self, name: str) -> int:
+        fd = self._open(name)
+        try:
+            return os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+
+    def open(self, name: str) -> Reader:
+        fd = self._open(name)
+        return _Section(fd, 0, os.fstat(fd).st_size)
+
+    def _open(self, name: str) -> int:
+        name = _plain_name(name, self.path)
+        try:
+            # O_NONBLOCK: a FIFO there must not hold us.
+            fd = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadSource(
+                f"{name} in {self.path} cannot be read ({error.strerror}): fetch the image again"
+            ) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise BadSource(f"{name} in {self.path} is no regular file: fetch the image again")
+        return fd
+
+    def close(self) -> None:
+        pass
+
+
+class _Archive:
+    """A tar. Its members are indexed once; their content is read from the file by position."""
+
+    def __init__(self, path: str, scratch: str | None) -> None:
+        self.path = path
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadSource(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise BadSource(f"{path} is no regular file: save the image to a file first")
+            fd = _decompressed(fd, path, scratch)
+            self._size = os.fstat(fd).st_size
+            self._files: dict[str, tuple[int, int]] = {}
+            self._links: dict[str, str] = {}
+            self._scan(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+
+    def _scan(self, fd: int) -> None:
+        before = -1
+        for count, member in enumerate(self._members(fd)):
+            # Later members of a name replace earlier ones. tarfile believes in negative sizes and would go
+            # round in circles.
+            if count >= MEMBERS_MAX or member.offset <= before:
+                raise BadSource(f"{self.path} is no sound archive: save the image again")
+            before = member.offset
+            name = posixpath.normpath(member.name)
+            self._files.pop(name, None)
+            self._links.pop(name, None)
+            if member.isreg() and not member.issparse():
+                if member.size < 0 or member.offset_data + member.size > self._size:
+                    raise BadSource(f"{self.path} is truncated: save the image again")
+                self._files[name] = member.offset_data, member.size
+            elif member.issym():
+                self._links[name] = posixpath.join(posixpath.dirname(name), member.linkname)
+            elif member.islnk():
+                self._links[name] = member.linkname
+
+    def _members(self, fd: int) -> Iterator[tarfile.TarInfo]:
+        try:
+            with tarfile.open(fileobj=_Headers(fd, self.path), mode="r:") as tar:  # type: ignore[call-overload]
+                while (member := tar.next()) is not None:
+                    yield member
+                    tar.members.clear()
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, ArithmeticError, LookupError) as error:
+            raise BadSource(f"{self.path} is no sound archive ({error}): save the image again") from error
+
+    def has(self, name: str) -> bool:
+        return name in self._files or name in self._links
+
+    def size(self, name: str) -> int:
+        return self._find(name)[1]
+
+    def open(self, name: str) -> Reader:
+        start, size = self._find(name)
+        return _Section(os.dup(self._fd), start, size)
+
+    def _find(self, name: str) -> tuple[int, int]:
+        wanted = _plain_name(name, self.path)
+        for _ in range(LINKS_MAX):
+            if wanted in self._files:
+                return self._files[wanted]
+            if wanted not in self._links:
+                break
+            wanted = _plain_name(self._links[wanted], self.path)
+        raise BadSource(f"{name} is missing in {self.path}: save the image again")
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _plain_name(name: str, path: str) -> str:
+    """`name`, normalised; BadSource if it leads out of the source."""
+    plain = posixpath.normpath(name)
+    if plain.startswith(("/", "../")) or plain in ("..", ".") or "\0" in plain:
+        raise BadSource(f"{path} names a file outside of itself, {name!r}: do not use it")
+    return plain
+
+
+class _Headers:
+    """What tarfile reads headers through: it may seek anywhere, but not read a claimed gigabyte into
+    memory."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self._path = path
+        self._offset = 0
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= HEADER_MAX:
+            raise BadSource(f"{self._path} has an extended header of {size} bytes: save the image again")
+        data = os.pread(self._fd, size, self._offset)
+        self._offset += len(data)
+        return data
+
+    def seek(self, offset: int) -> None:
+        if not 0 <= offset < 1 << 63:
+            raise BadSource(f"{self._path} is no sound archive: save the image again")
+        self._offset = offset
+
+    def tell(self) -> int:
+        return self._offset
+
+
+def _decompressed(fd: int, path: str, scratch: str | None) -> int:
+    """`fd`, or instead of it one of an unlinked file with what it holds decompressed."""
+    head = os.pread(fd, 8, 0)
+    decoder = next((decoder for magic, decoder in _DECODERS if head.startswith(magic)), None)
+    if decoder is None:
+        return fd
+    with open(fd, "rb", closefd=False) as compressed, tempfile.TemporaryFile(dir=scratch) as plain:
+        left = ARCHIVE_MAX
+        try:
+            with decoder(compressed) as stream:
+                while chunk := stream.read(1 << 20):
+                    left -= len(chunk)
+                    if left < 0:
+                        raise BadSource(
+                            f"{path} has over {ARCHIVE_MAX} bytes decompressed: unpack it yourself first"
+                        )
+                    plain.write(chunk)
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, ValueError) as error:
+            raise BadSource(f"{path} cannot be decompressed ({error}): save the image again") from error
+        plain.flush()
+        replacement = os.dup(plain.fileno())
+    os.close(fd)
+    return replacement
+
+
+def _open_zstd(file: IO[bytes]) -> Any:
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
+
+
+_DECODERS = (
+    (b"\x1f\x8b", gzip.open),
+    (b"\x28\xb5\x2f\xfd", _open_zstd),
+    (b"\xfd7zXZ\0", lzma.open),
+    (b"BZh", bz2.open),
+)
+
+
+# OCI image layouts
+
+
+def _open_layout(files: _Files, text: str, ref: str) -> Source:
+    if not files.has("oci-layout"):
+        raise BadSource(f"{files.path} is no OCI image layout: there is no oci-layout in it")
+    index = oci.parse_object(_read_document(files, "index.json"), f"index.json of {files.path}")
+    entries = oci.parse_descriptors(index, "manifests", f"index.json of {files.path}")
+    descriptor, names = _select(entries, ref, files.path)
+    data = _read_blob(files, descriptor)
+    for _ in range(NESTING_MAX):
+        what = f"manifest {descriptor.digest}"
+        document = oci.parse_object(data, what)
+        if not oci.is_index(document):
+            break
+        inner = oci.parse_descriptors(document, "manifests", what)
+        descriptor = oci.choose_platform(inner, machine_architecture(), what)
+        data = _read_blob(files, descriptor)
+    manifest = oci.parse_manifest(data, f"manifest {descriptor.digest}", descriptor.media_type)
+    config_data = _read_blob(files, manifest.config)
+    config = oci.parse_config(config_data, f"config {manifest.config.digest}")
+    _require_same_count(len(manifest.layers), len(config.diff_ids))
+    layers = []
+    for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True):
+        name = _blob_name(layer.digest)
+        if files.size(name) != layer.size:
+            raise BadSource(
+                f"layer {layer.digest} has {files.size(name)} bytes, not {layer.size}: fetch the image again"
+            )
+        layers.append(LayerSource(diff_id, layer.digest, layer.size, layer.media_type, files, name))
+    return Source(
+        manifest=data,
+        manifest_type=manifest.media_type,
+        config=config_data,
+        config_type=manifest.config.media_type,
+        parsed_config=config,
+        layers=tuple(layers),
+        names=_valid_names(names),
+        _files=files,
+    )
+
+
+def _select(entries: Sequence[oci.Descriptor], ref: str, path: str) -> tuple[oci.Descriptor, list[str]]:
+    """The image meant, and its names: `ref`, or all it has."""
+    by_digest = _as_digest(ref)
+    if by_digest is not None:
+        matching = [entry for entry in entries if entry.digest == by_digest]
+    else:
+        matching = [entry for entry in entries if not ref or ref in _names(entry)]
+    if not matching:
+        raise BadSource(f"{path} has no image {ref!r}, but {_offer(entries)}")
+    if len({entry.digest for entry in matching}) > 1:
+        # Without platforms nothing tells them apart.
+        if not ref and any(_names(entry) or not entry.architecture for entry in matching):
+            raise BadSource(f"{path} has several images, choose one of {_offer(entries)}")
+        chosen = oci.choose_platform(matching, machine_architecture(), path)
+    else:
+        chosen = matching[0]
+    if ref and by_digest is None:
+        preferred = [_preferred_name(entry) for entry in matching if entry.digest == chosen.digest]
+        return chosen, [name for name in preferred if name is not None][:1] or [ref]
+    names = [_preferred_name(entry) for entry in entries if entry.digest == chosen.digest]
+    return chosen, [name for name in names if name is not None]
+
+
+def _as_digest(ref: str) -> Digest | None:
+    try:
+        return parse_digest(ref)
+    except BadName:
+        return None
+
+
+def _names(entry: oci.Descriptor) -> list[str]:
+    return [entry.annotations[key] for key in (_CONTAINERD_NAME, ANNOTATION_NAME) if key in entry.annotations]
+
+
+def _preferred_name(entry: oci.Descriptor) -> str | None:
+    """docker and containerd put the whole name elsewhere, and only the tag where the specification says."""
+    return next(iter(_names(entry)), None)
+
+
+def _offer(entries: Sequence[oci.Descriptor]) -> str:
+    names = sorted({name for entry in entries for name in _names(entry)[:1]})
+    digests = [entry.digest for entry in entries if not _names(entry)][:_DIGESTS_SHOWN]
+    return ", ".join([*names, *digests]) or "none at all"
+
+
+def _blob_name(digest: Digest) -> str:
+    return f"blobs/sha256/{digest_hex(digest)}"
+
+
+def _read_blob(files: _Files, descriptor: oci.Descriptor) -> bytes:
+    data = _read_document(files, _blob_name(descriptor.digest))
+    if len(data) != descriptor.size or oci.digest_of(data) != descriptor.digest:
+        raise BadSource(
+            f"blob {descriptor.digest} in {files.path} has another digest or size: fetch the image again"
+        )
+    return data
+
+
+# docker save
+
+
+def _open_docker(files: _Files, text: str, ref: str) -> Source:
+    what = f"manifest.json of {files.path}"
+    images = oci.parse_list(_read_document(files, "manifest.json"), what)
+    image = _select_docker(images, ref, files.path)
+    config_name, layer_names = image.get("Config"), image.get("Layers") or []
+    if not isinstance(config_name, str) or not all(isinstance(name, str) for name in layer_names):
+        raise BadSource(f"{what} names no config or layers: it is not of docker save")
+    config_data = _read_document(files, config_name)
+    config = oci.parse_config(config_data, f"config {config_name}")
+    _require_same_count(len(layer_names), len(config.diff_ids))
+    layers = [
+        LayerSource(diff_id, None, files.size(name), "", files, name)
+        for name, diff_id in zip(layer_names, config.diff_ids, strict=True)
+    ]
+    return Source(
+        manifest=None,
+        manifest_type=oci.MANIFEST_TYPE,
+        config=config_data,
+        config_type=oci.CONFIG_TYPE,
+        parsed_config=config,
+        layers=tuple(layers),
+        names=_valid_names([ref] if ref and not ref.startswith("@") else _tags(image)),
+        _files=files,
+    )
+
+
+def _select_docker(images: Sequence[Any], ref: str, path: str) -> dict[str, Any]:
+    found = [image for image in images if isinstance(image, dict)]
+    if re.fullmatch(r"@[0-9]{1,6}", ref):
+        found = found[int(ref[1:]) :][:1]
+    elif ref:
+        found = [image for image in found if _full_tag(ref) in map(_full_tag, _tags(image))]
+    tags = (
+        ", ".join(tag for image in images if isinstance(image, dict) for tag in _tags(image)) or "@0, @1, …"
+    )
+    if not found:
+        raise BadSource(f"{path} has no image {ref!r}, but {tags}")
+    if len(found) > 1:
+        raise BadSource(f"{path} has several images, choose one of {tags}")
+    return found[0]
+
+
+def _tags(image: dict[str, Any]) -> list[str]:
+    tags = image.get("RepoTags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+
+
+def _full_tag(tag: str) -> str:
+    """docker writes busybox:latest, skopeo docker.io/library/busybox:latest, people busybox."""
+    for prefix in ("docker.io/", "library/"):
+        tag = tag.removeprefix(prefix)
+    return tag if ":" in posixpath.basename(tag) else f"{tag}:latest"
+
+
+def _require_same_count(layers: int, diff_ids: int) -> None:
+    if layers != diff_ids:
+        raise BadSource(f"the manifest lists {layers} layers, the config {diff_ids}: fetch the image again")
+
+
+def _valid_names(names: Sequence[str]) -> tuple[str, ...]:
+    valid = []
+    for name in dict.fromkeys(names):
+        try:
+            valid.append(parse_image_name(name))
+        except BadName:
+            continue
+    return tuple(valid)

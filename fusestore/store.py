@@ -1,0 +1,526 @@
+"""A store: images and containers on disk, with or without a mount. The Python API. Blocking.
+
+    with Store.open("/var/lib/fusestore", create=True) as store:
+        image = store.import_image("oci:busybox:1")
+        info = store.create_container(image_name="busybox:1", container_name="job")
+        ...
+        store.delete_container("job")
+
+It does what libpod's storage service did: create_container, delete_container, set_/get_container_metadata,
+start_container, stop_container, work_dir, run_dir_of. The files are the truth, not this object: any number of
+processes may have the same store open, with a mount or without one, and each sees at once what another did.
+
+A `ref` of a container is its id or its name; of an image a name, an id, or the first 12 or more digits of an
+id. All errors are of `fusestore.errors`, or OSError where the disk itself fails; an operation that raises has
+changed nothing. Thread-safe. Whoever opens a store closes it.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import metadata, oci
+from .containers import Container, Containers, Draft, Hold
+from .durable import Scratch, Workspace, read_file
+from .errors import BadInput, NotFound, StoreDamaged, StoreUnusable
+from .images import Image, Images
+from .importer import Importer, Progress
+from .layerfiles import Layer, LayerFiles, LayerRef
+from .layout import (
+    DEFAULT_TAG,
+    FORMAT_VERSION,
+    INTENT,
+    OCI_LAYOUT_VERSION,
+    UNFINISHED,
+    Layout,
+    RunLayout,
+    default_run_dir,
+    run_layout,
+)
+from .mounts import MountRecord, Mounts, forget_former_boot, is_of_this_boot
+from .names import parse_container_id
+from .nodes import Digest
+
+__all__ = [
+    "Container",
+    "ContainerInfo",
+    "Hold",
+    "Image",
+    "Layer",
+    "LayerRef",
+    "MountRecord",
+    "Progress",
+    "Scratch",
+    "Store",
+]
+
+_ID_BYTES = 32
+"""Of a container id made at random: 64 hex digits, as libpod's."""
+
+_INTENT_MAX = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerInfo:
+    """A container just made."""
+
+    id: str
+    dir: Path
+    """Its directory in the store."""
+    run_dir: Path
+    """Its directory below the run directory: empty after a reboot. See `Store.run_dir_of`."""
+    config: dict[str, Any]
+    """The OCI config of its image; {} while it has none."""
+
+
+class Store:
+    """An open store. Make one with `open`."""
+
+    def __init__(self, layout: Layout, run: RunLayout, cache_size: int | None) -> None:
+        self._layout = layout
+        self._run = run
+        self._workspace = Workspace(tmp=layout.tmp, trash=layout.trash, lock=layout.lock)
+        self._containers = Containers(layout, run, self._workspace)
+        self._images = Images(layout, self._workspace)
+        self._layers = LayerFiles(layout, self._workspace, cache_size)
+        self._importer = Importer(layout, self._workspace, self._images, self._layers)
+        self._mounts = Mounts(run)
+        self._leaves_trash = False
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        run_dir: str | os.PathLike[str] | None = None,
+        *,
+        create: bool = False,
+        cache_size: int | None = None,
+    ) -> "Store":
+        """The store at `path`.
+
+        `run_dir`: where run-time state is kept; all who use a store name the same. Default: /run/fusestore
+        for root, the user's runtime directory for others. `create`: make a store where nothing or an empty
+        directory is; two processes may do so at once. `cache_size`: bytes of decompressed layers to keep on
+        disk, shared by all layers; default: a tenth of what is free.
+
+        What a crash left behind is cleaned up. Raises StoreUnusable, in the words of layout.py.
+        """
+        root = os.path.realpath(path)
+        layout = Layout(root)
+        try:
+            _require_store(layout, create)
+            run = _prepare_run(run_dir, root)
+            store = cls(layout, run, cache_size)
+            if not is_of_this_boot(run):
+                with store._workspace.lock():
+                    forget_former_boot(run)
+            store._recover()
+        except PermissionError as error:
+            reason = f"{error.filename or root} cannot be used ({error.strerror})"
+            raise StoreUnusable(f"{reason}: name directories of yours with --store and --run-dir") from error
+        return store
+
+    def close(self) -> None:
+        """Gives back what this object deleted, and closes layers nobody uses. Idempotent."""
+        self._layers.close()
+        if self._leaves_trash:
+            self.empty_trash()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def path(self) -> str:
+        """Absolute, without symlinks."""
+        return self._layout.root
+
+    @property
+    def run_dir(self) -> str:
+        """This store's part of the run directory."""
+        return self._run.root
+
+    @property
+    def index_path(self) -> str:
+        """The file that changes whenever an image or a name of one comes or goes."""
+        return self._layout.index
+
+    # Images
+
+    def images(self) -> list[Image]:
+        """In the order in which they came."""
+        return list(self._images.catalog().images.values())
+
+    def image_ids(self) -> list[str]:
+        return list(self._images.catalog().images)
+
+    def has_image(self, image_id: str) -> bool:
+        return image_id in self._images.catalog().images
+
+    def image_names(self) -> dict[str, str]:
+        """name → id. One stat, as long as nothing changes."""
+        return dict(self._images.catalog().names)
+
+    def image(self, ref: str) -> Image:
+        """Raises NotFound."""
+        return self._images.find(ref)
+
+    def import_image(self, source: str, names: Sequence[str] = (), progress: Progress | None = None) -> Image:
+        """Takes in what `source` means (fusestore.sources), whole and verified, or nothing.
+
+        `names`: what to call it, instead of what the source calls it; a name that another image has moves to
+        this one. In a store without a `default` the image gets that name too. An image that is there already
+        only gets the names, and is repaired where its blobs are missing or damaged.
+
+        Raises BadSource, BadName, LayerRefused, Exists (a name that cannot stand beside another).
+        """
+        return self._importer.run(source, names, progress)
+
+    def tag(self, ref: str, name: str, replace: bool = False) -> None:
+        """Gives an image another name. Raises NotFound, BadName; Exists if it is taken, unless `replace`."""
+        self._images.tag(ref, name, replace_other=replace)
+
+    def untag(self, name: str) -> None:
+        """Takes a name away; the image stays. Raises NotFound."""
+        self._images.untag(name)
+
+    def rename_tag(self, old: str, new: str, replace: bool = False) -> None:
+        """Raises NotFound, BadName; Exists if `new` is taken, unless `replace`."""
+        self._images.rename_tag(old, new, replace_other=replace)
+
+    def delete_image(self, ref: str) -> None:
+        """Takes an image away: its names, and what only it used. Raises NotFound; Busy while a container uses
+        it."""
+        self._leaves_trash = True
+        self._layers.drop(self._images.delete(ref, self._containers.uses_image))
+
+    def open_layers(self, image: Image) -> list[Layer]:
+        """Bottom first; shared with all others who opened them in this process. Keep them while you read.
+
+        Missing or damaged derived files are made again, which takes time. Raises StoreDamaged for blobs.
+        """
+        return [self._layers.open(ref) for ref in image.layers]
+
+    def manifest(self, image: Image) -> bytes:
+        """Raises StoreDamaged."""
+        return self._images.read_blob(image.manifest, "manifest")
+
+    def config(self, image: Image) -> bytes:
+        """Raises StoreDamaged."""
+        return self._images.read_blob(image.config, "config")
+
+    def image_config(self, image: Image) -> dict[str, Any]:
+        """The image's OCI config. Raises StoreDamaged."""
+        return oci.parse_object(self.config(image), f"config {image.config}")
+
+    def image_metadata(self, image: Image) -> bytes:
+        """What images/<id>/metadata.json shows: JSON, newline at the end."""
+        shown = {
+            "id": image.id,
+            "names": list(image.names),
+            "created": image.created,
+            "architecture": image.architecture,
+            "os": image.os,
+            "manifest-digest": image.manifest,
+            "size": image.size,
+            "layers": [
+                {
+                    "digest": layer.blob,
+                    "diff-id": layer.diff_id,
+                    "size": layer.size,
+                    "media-type": layer.media_type,
+                }
+                for layer in image.layers
+            ],
+        }
+        return json.dumps(shown, ensure_ascii=False, indent=2).encode() + b"\n"
+
+    def blob_path(self, digest: Digest) -> str:
+        """Where a blob is, or would be."""
+        return self._layout.blob(digest)
+
+    # Containers
+
+    def container_ids(self) -> list[str]:
+        """In no order."""
+        return self._containers.ids()
+
+    def container_names(self) -> dict[str, str]:
+        """name → id, of containers whose name is not their id."""
+        return self._containers.names()
+
+    def container_id(self, ref: str) -> str:
+        """Raises NotFound."""
+        return self._containers.resolve(ref)
+
+    def container(self, ref: str) -> Container:
+        """Raises NotFound."""
+        return self._containers.get(ref)
+
+    def create_container(
+        self,
+        image_name: str | None = None,
+        image_id: str | None = None,
+        container_name: str | None = None,
+        container_id: str | None = None,
+        mount_label: str = "",
+    ) -> ContainerInfo:
+        """Makes a container; its cost depends neither on the image's size nor on the number of containers.
+
+        Without an image it gets the one tagged `default`; if there is none it is unbound: empty until its
+        metadata names one. An id is made at random where none is given. Raises NotFound, BadName, BadDocument
+        (the label), Exists.
+        """
+        chosen_id = secrets.token_hex(_ID_BYTES) if container_id is None else parse_container_id(container_id)
+        name = chosen_id if container_name is None else parse_container_id(container_name)
+        metadata.check_label(mount_label)
+        if image_name is None and image_id is None:
+            bound_name, bound_id = self._default_image()
+        else:
+            bound_name, bound_id = self._image_of(image_name, image_id)
+        config = self.image_config(self._images.find(bound_id)) if bound_id else {}
+
+        def confirm_image() -> None:
+            if bound_id:
+                self._images.find(bound_id)
+
+        draft = Draft(chosen_id, name, bound_name, bound_id, mount_label)
+        self._containers.create(draft, confirm_image)
+        return ContainerInfo(
+            id=chosen_id,
+            dir=Path(self._layout.container(chosen_id)),
+            run_dir=Path(self._run.container(chosen_id)),
+            config=config,
+        )
+
+    def delete_container(self, ref: str) -> None:
+        """Takes a container away with all it holds: one rename. Raises NotFound; Busy while started or in
+        use.
+
+        `empty_trash`, or `close`, gives the space back.
+        """
+        self._leaves_trash = True
+        self._containers.delete(ref)
+
+    def rename_container(self, old: str, new: str) -> None:
+        """An id becomes another id, a name another name. Raises NotFound, BadName, Exists; Busy as deleting
+        does."""
+        self._containers.rename(old, new)
+
+    def set_container_metadata(self, ref: str, document: bytes | dict[str, Any]) -> None:
+        """Replaces the metadata document (fusestore.metadata): all of it is done, or nothing.
+
+        `mounted` in it starts or stops the container. Raises NotFound, BadDocument, BadName, NotPermitted,
+        Exists; Busy for binding a container that was used, and for a new name while started.
+        """
+        if not isinstance(document, bytes):
+            try:
+                document = json.dumps(document, allow_nan=False).encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise BadInput(f"the document cannot be JSON: {error}") from None
+        parsed = metadata.parse_document(document)
+        with self._workspace.lock():
+            self._containers.apply_locked(self._containers.resolve(ref), parsed, self._image_of)
+
+    def get_container_metadata(self, ref: str) -> dict[str, Any]:
+        """The document as metadata.json shows it. Raises NotFound."""
+        return metadata.parse_document(self.document(self._containers.resolve(ref)))
+
+    def document(self, container_id: str) -> bytes:
+        """metadata.json. Raises NotFound."""
+        return self._containers.document(container_id)
+
+    def version(self, container_id: str) -> tuple[int, ...]:
+        """Another value whenever `document` may give another one. Two stats. Raises NotFound."""
+        return self._containers.version(container_id)
+
+    def start_container(self, ref: str) -> Path:
+        """Pins the container and says where its rootfs is. Starting twice is as starting once: one stop ends
+        it.
+
+        Raises NotFound, also if no mount of this store is live.
+        """
+        mounts = self.mounts()
+        if not mounts:
+            raise NotFound(f"no mount of {self.path} is live: run fusestore mount MOUNTPOINT first")
+        with self._workspace.lock():
+            container_id = self._containers.resolve(ref)
+            self._containers.set_mounted_locked(container_id, True)
+        return Path(mounts[0].mountpoint, "containers", container_id, "rootfs")
+
+    def stop_container(self, ref: str) -> None:
+        """Releases the container; nothing if it is not started. Raises NotFound."""
+        with self._workspace.lock():
+            self._containers.set_mounted_locked(self._containers.resolve(ref), False)
+
+    def work_dir(self, ref: str) -> Path:
+        """A directory, 0700, that lives as long as the container. Raises NotFound."""
+        return Path(self._layout.workdir(self._containers.resolve(ref)))
+
+    def run_dir_of(self, ref: str) -> Path:
+        """A directory, 0700, that is empty after a reboot; made when first asked for. Raises NotFound."""
+        return Path(self._containers.make_rundir(self._containers.resolve(ref)))
+
+    def container_dir(self, container_id: str) -> str:
+        return self._layout.container(container_id)
+
+    def upper_dir(self, container_id: str) -> str:
+        """Its upper directory, in overlayfs's format."""
+        return self._layout.upper(container_id)
+
+    def hold(self, ref: str) -> Hold:
+        """Keeps a container from being deleted, renamed or bound while its rootfs is in use. Raises
+        NotFound."""
+        return self._containers.hold(ref)
+
+    # Mounts, rubbish
+
+    def record_mount(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
+        """Makes a mount known to `mounts`, until the record is closed or the process ends."""
+        return self._mounts.record(mountpoint, pid, driver)
+
+    def mounts(self) -> list[MountRecord]:
+        """The live mounts of this store."""
+        return self._mounts.live()
+
+    def scratch(self) -> Scratch:
+        """A private directory on the filesystem of the containers; the caller closes it."""
+        return self._workspace.scratch()
+
+    def empty_trash(self) -> None:
+        """Gives back the space of what was deleted, by whomever. Takes as long as there is to delete."""
+        self._workspace.empty_trash()
+        self._containers.empty_run_trash()
+        self._leaves_trash = False
+
+    # Parts
+
+    def _image_of(self, image_name: str | None, image_id: str | None) -> tuple[str, str]:
+        """Name and id of the image asked for by name, by id, or by both, which must agree. Raises
+        NotFound."""
+        by_name = self._images.find(image_name) if image_name else None
+        by_id = self._images.find(image_id) if image_id else None
+        image = by_id or by_name
+        if image is None:
+            raise BadInput("name an image: an empty image name and id mean none")
+        if by_name is not None and by_name.id != image.id:
+            raise BadInput(f"image-name {image_name!r} is not image-id {image.id}: give one of them")
+        if image_name in image.names:
+            return image_name, image.id
+        return next(iter(image.names), ""), image.id
+
+    def _default_image(self) -> tuple[str, str]:
+        image_id = self._images.catalog().names.get(DEFAULT_TAG)
+        if image_id is None:
+            return "", ""
+        names = self._images.find(image_id).names
+        # It says more what the image is called besides.
+        return next((name for name in names if name != DEFAULT_TAG), DEFAULT_TAG), image_id
+
+    def _recover(self) -> None:
+        """Finishes or undoes what a crash interrupted."""
+        for scratch in self._workspace.dead():
+            with scratch:
+                self._leaves_trash = True
+                try:
+                    intent = oci.parse_object(
+                        read_file(scratch.join(INTENT), _INTENT_MAX), INTENT, _INTENT_MAX
+                    )
+                except (OSError, BadInput):
+                    continue  # none, or not whole: nothing was changed yet
+                with self._workspace.lock():
+                    self._containers.repair_names(intent.get("names", {}))
+                    with contextlib.suppress(StoreDamaged):
+                        self._images.sweep_locked(intent.get("loose", {}))
+
+
+def _require_store(layout: Layout, create: bool) -> None:
+    """Checks the format, and makes the store if there is none. Raises StoreUnusable."""
+    try:
+        data = read_file(layout.format_file, oci.DOCUMENT_MAX)
+    except (FileNotFoundError, NotADirectoryError):
+        if not create:
+            missing = f"there is no store at {layout.root}"
+            hint = "make one with `fusestore import`, or name another with --store"
+            raise StoreUnusable(f"{missing}: {hint}") from None
+        _create(layout)
+        data = read_file(layout.format_file, oci.DOCUMENT_MAX)
+    try:
+        found = oci.parse_object(data, layout.format_file)
+    except BadInput as error:
+        raise _format_damaged(layout) from error
+    version, features = found.get("version"), found.get("features")
+    if found.get("format") != "fusestore" or not isinstance(version, int) or not isinstance(features, list):
+        raise _format_damaged(layout)
+    if version != FORMAT_VERSION:
+        found_version = f"{layout.root} is a store of version {version}"
+        raise StoreUnusable(f"{found_version}, this fusestore knows {FORMAT_VERSION}: upgrade fusestore")
+    if os.stat(layout.format_file).st_uid != os.geteuid():
+        # What another user writes, if only root, its owner could not read any more.
+        raise StoreUnusable(f"{layout.root} is another user's store: use it as its owner, or --store another")
+    if features:
+        raise StoreUnusable(f"{layout.root} uses {features[0]}, unknown to this fusestore: upgrade fusestore")
+
+
+def _format_damaged(layout: Layout) -> StoreUnusable:
+    return StoreUnusable(
+        f"{layout.format_file} is damaged: restore it from a backup, or import the images into a new store"
+    )
+
+
+def _create(layout: Layout) -> None:
+    """Makes a store, fusestore.json last; whoever comes second finds it made."""
+    refusal = StoreUnusable(
+        f"{layout.root} is neither empty nor a store: choose another directory for the store"
+    )
+    try:
+        os.makedirs(layout.root, 0o700, exist_ok=True)
+        present = set(os.listdir(layout.root))
+    except (FileExistsError, NotADirectoryError):
+        raise refusal from None
+    if present and (os.path.basename(layout.lock) not in present or not present <= UNFINISHED):
+        if os.path.exists(layout.format_file):
+            return
+        raise refusal
+    workspace = Workspace(tmp=layout.tmp, trash=layout.trash, lock=layout.lock)
+    with workspace.lock():
+        if os.path.exists(layout.format_file):
+            return
+        for directory in layout.directories:
+            workspace.make_directory(directory)
+        if not os.path.exists(layout.index):
+            workspace.write_file(layout.index, oci.encode({"schemaVersion": 2, "manifests": []}))
+        workspace.write_file(layout.oci_layout, oci.encode({"imageLayoutVersion": OCI_LAYOUT_VERSION}))
+        found = {"format": "fusestore", "version": FORMAT_VERSION, "features": []}
+        workspace.write_file(layout.format_file, oci.encode(found))
+
+
+def _prepare_run(run_dir: str | os.PathLike[str] | None, root: str) -> RunLayout:
+    """The store's run directory, made if need be."""
+    uid = os.geteuid()
+    if run_dir is None:
+        runtime_dir = f"/run/user/{uid}"
+        run_dir = default_run_dir({"XDG_RUNTIME_DIR": runtime_dir} if os.path.isdir(runtime_dir) else {}, uid)
+    base = os.path.abspath(run_dir)
+    os.makedirs(base, 0o700, exist_ok=True)
+    found = os.lstat(base) if base.startswith("/tmp/") else os.stat(base)
+    # Names in /tmp are anyone's: nothing that another user made there, or may write to.
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (uid, 0) or found.st_mode & 0o022:
+        raise StoreUnusable(
+            f"{base} is not a directory of yours alone: remove it, or name another with --run-dir"
+        )
+    run = run_layout(base, os.fsencode(root))
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(run.root, 0o700)
+    for directory in run.directories:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+    return run
