@@ -129,12 +129,21 @@ class WritableRootfs(Rootfs):
         return caller.uid, parent.gid, mode | stat.S_ISGID if stat.S_ISDIR(mode) else mode
 
     def _made(self, directory: Object, name: bytes) -> Object:
-        self._changed(directory)
-        return self.lookup(directory, name)
+        child = self.lookup(directory, name)
+        self._gained(directory, child)
+        return child
 
-    def _changed(self, directory: Object) -> None:
+    def _gained(self, directory: Object, thing: Object, count: int = 1) -> None:
+        """`directory` has one name more (or `count` of -1: one less), which leads to `thing`.
+
+        The number of subdirectories is kept, for to count them takes a listing.
+        """
         directory.version += 1
-        self._subdirectories.pop(directory.ino, None)
+        if thing.format == stat.S_IFDIR and directory.ino in self._subdirectories:
+            self._subdirectories[directory.ino] += count
+
+    def _lost(self, directory: Object, thing: Object) -> None:
+        self._gained(directory, thing, -1)
 
     # Attributes
 
@@ -189,7 +198,7 @@ class WritableRootfs(Rootfs):
                 self._upper.put_whiteout(fd, name, replaces=thing.in_upper)
             else:
                 self._upper.remove(fd, name)
-        self._changed(directory)
+        self._lost(directory, thing)
 
     def rmdir(self, node: Node, name: bytes) -> None:
         directory = _thing(node)
@@ -206,7 +215,7 @@ class WritableRootfs(Rootfs):
                 self._upper.remove_directory(fd, name, leave_whiteout=has_lower)
             else:
                 self._upper.put_whiteout(fd, name, replaces=False)
-        self._changed(directory)
+        self._lost(directory, thing)
 
     @contextlib.contextmanager
     def _losing_name(self, thing: Object, directory: Object, name: bytes) -> Iterator[None]:
@@ -260,8 +269,12 @@ class WritableRootfs(Rootfs):
         else:
             self._move(source, old, name, new, new_name, None)
         source.parent, source.name = new, new_name
-        self._changed(old)
-        self._changed(new)
+        self._lost(old, source)
+        self._gained(new, source)
+        if target is not None:
+            self._lost(new, target)
+            if flags & RENAME_EXCHANGE:
+                self._gained(old, target)
 
     def _check_replaceable(self, source: Object, target: Object | None, flags: int) -> None:
         if target is None:
