@@ -286,39 +286,49 @@ class LayerBuilder:
     # What waits until all entries are known.
 
     def _resolve_links(self, whiteout: int) -> None:
-        resolved: dict[int, int] = {}
-        lower_links = 0
-        for link in self._link_targets:
-            chain: dict[int, None] = {}
-            node = link
-            while node in self._link_targets and node not in resolved:
-                target = self._link_targets[node]
-                if node in chain:
-                    raise _refused(target, "a hard link to itself")
-                chain[node] = None
-                found = self._find(target)
-                if found in self._children:
-                    raise _refused(target, "a hard link to a directory")
-                if found is not None:
-                    node = found
-                elif target in self._device_whiteouts:
-                    node = whiteout
-                else:
-                    resolved[node] = node
-                    self._details[node] = _Details(target, (), b"")
-                    lower_links += 1
-            end = resolved.get(node, node)
-            resolved.update(dict.fromkeys(chain, end))
-        if lower_links > self._limits.lower_links:
-            raise LayerRefused(f"layer has {lower_links} hard links into lower layers (limit: lower_links)")
-        if not resolved:
+        """Puts in place of each link that waits, and still has a name, what its target is now."""
+        if not self._link_targets:
             return
-        self._linked.update(resolved.values())
+        ends: dict[int, int] = {}
+        waiting = [_ROOT]
+        while waiting:
+            siblings = self._children[waiting.pop()]
+            for name, node in siblings.items():
+                if node in self._children:
+                    waiting.append(node)
+                elif node in self._link_targets:
+                    siblings[name] = self._end_of_link(node, whiteout, ends)
+        lower_links = self._link_targets.keys() & set(ends.values())
+        if len(lower_links) > self._limits.lower_links:
+            raise LayerRefused(
+                f"layer has {len(lower_links)} hard links into lower layers (limit: lower_links)"
+            )
+        for node in lower_links:
+            self._details[node] = _Details(self._link_targets[node], (), b"")
+        self._linked.update(ends.values())
         self._linked.discard(whiteout)
-        for children in self._children.values():
-            for name, node in children.items():
-                if node in resolved:
-                    children[name] = resolved[node]
+
+    def _end_of_link(self, link: int, whiteout: int, ends: dict[int, int]) -> int:
+        """What a link leads to, through other links that wait; itself if that is not in this layer."""
+        chain: dict[int, None] = {}
+        node = link
+        while node in self._link_targets and node not in ends:
+            target = self._link_targets[node]
+            if node in chain:
+                raise _refused(target, "a hard link to itself")
+            chain[node] = None
+            found = self._find(target)
+            if found in self._children:
+                raise _refused(target, "a hard link to a directory")
+            if found is not None:
+                node = found
+            elif target in self._device_whiteouts:
+                node = whiteout
+            else:
+                ends[node] = node
+        end = ends.get(node, node)
+        ends.update(dict.fromkeys(chain, end))
+        return end
 
     def _apply_whiteouts(self, whiteout: int) -> None:
         # The upper ones first: below a name that is hidden whole, nothing needs hiding.

@@ -126,6 +126,10 @@ TREES: dict[str, tuple[list[TarEntry], dict[bytes, str]]] = {
         {b"f": "file 1", b"g": "file 1", b"h": "file 1"},
     ),
     "a link that is replaced": ([link(b"g", b"nowhere"), file(b"g", 1)], {b"g": "file 1"}),
+    "a link to itself that is replaced": (
+        [link(b"a", b"a"), file(b"a/f")],
+        {b"a": "directory implicit", b"a/f": "file 0"},
+    ),
     "a link into a lower layer": ([link(b"g", b"/./d/f")], {b"g": "lower d/f"}),
     "a link to a link into a lower layer": (
         [link(b"g", b"f"), link(b"h", b"g")],
