@@ -82,7 +82,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .names import digest_hex
 from .nodes import Digest
 
 __all__ = [
@@ -113,6 +112,10 @@ INTENT = "intent"
 
 DEFAULT_TAG = "default"
 """The image of a container that is made without naming one."""
+
+
+def _hex(digest: Digest) -> str:
+    return digest.removeprefix("sha256:")
 
 
 def _join(*parts: str) -> str:
@@ -184,16 +187,16 @@ class Layout:
         )
 
     def blob(self, digest: Digest) -> str:
-        return _join(self.blobs, digest_hex(digest))
+        return _join(self.blobs, _hex(digest))
 
     def layer(self, diff_id: Digest) -> str:
-        return _join(self.layers, digest_hex(diff_id))
+        return _join(self.layers, _hex(diff_id))
 
     def layer_index(self, diff_id: Digest) -> str:
         return _join(self.layer(diff_id), "index")
 
     def seek_table(self, diff_id: Digest, blob: Digest) -> str:
-        return _join(self.layer(diff_id), f"seek.{digest_hex(blob)}")
+        return _join(self.layer(diff_id), f"seek.{_hex(blob)}")
 
     def span_cache(self, diff_id: Digest) -> str:
         return _join(self.layer(diff_id), "cache")

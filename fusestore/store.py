@@ -21,7 +21,8 @@ import os
 import secrets
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from . import metadata, oci
 from .containers import Container, Containers, Draft, Hold
 from .durable import Scratch, Workspace, read_file
 from .errors import BadInput, NotFound, StoreDamaged, StoreUnusable
-from .images import Image, Images
+from .images import Entry, Image, Images
 from .importer import Importer, Progress
 from .layerfiles import Layer, LayerFiles, LayerRef
 from .layout import (
@@ -168,6 +169,15 @@ class Store:
     def image_names(self) -> dict[str, str]:
         """name → id. One stat, as long as nothing changes."""
         return dict(self._images.catalog().names)
+
+    def image_entries(self) -> tuple[Entry, ...]:
+        """index.json, also what in it cannot be understood."""
+        return self._images.catalog().entries
+
+    def describe_image(self, image: Image) -> Image:
+        """`image` as its manifest and config describe it. Raises StoreDamaged, BadSource."""
+        descriptor = oci.Descriptor(oci.MANIFEST_TYPE, image.manifest, 0)
+        return replace(self._images.image_of(descriptor), names=image.names)
 
     def image(self, ref: str) -> Image:
         """Raises NotFound."""
@@ -390,6 +400,13 @@ class Store:
     def mounts(self) -> list[MountRecord]:
         """The live mounts of this store."""
         return self._mounts.live()
+
+    def lock(self) -> AbstractContextManager[None]:
+        """While it is held nobody adds, removes or renames anything, and every method here that would waits.
+
+        Not reentrant: the thread that holds it only reads. Raises Busy after a minute.
+        """
+        return self._workspace.lock()
 
     def scratch(self) -> Scratch:
         """A private directory on the filesystem of the containers; the caller closes it."""

@@ -1,0 +1,264 @@
+"""The verification of a whole store. Blocking; changes nothing.
+
+Two passes. Contents first, without any lock, since it takes long: every blob is read and hashed, every layer
+decompressed to its diff_id and scanned, and the derived files compared with what that gives. Then, with the
+store's names locked, what points to what: index.json, names, documents, and what nothing points to.
+
+Nothing is reported that does no harm: a derived file that is missing is made again, trash is emptied by the
+next mount.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from . import oci
+from .blobs import Ingested, derive
+from .durable import read_file
+from .errors import BadName, BadSource, NotFound, StoreDamaged, StoreError
+from .images import Image, loose_parts
+from .layer import LayerIndex
+from .layerfiles import LayerRef, map_index
+from .layout import Layout
+from .names import parse_digest
+from .nodes import Digest
+from .seek import SeekTable
+from .store import Store
+
+__all__ = ["Finding", "check"]
+
+_IMPORT_AGAIN = "import the image again"
+_MADE_AGAIN = "remove it, it is made again from the blob"
+_UNUSED = "remove it"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be. `str()` is one line."""
+
+    path: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}: {self.remedy}"
+
+
+def check(store: Store, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
+    """What is wrong with `store`; nothing, if it is sound. `progress(done, total)`: bytes of blobs.
+
+    Raises StoreDamaged if index.json cannot be read at all.
+    """
+    layout = Layout(store.path)
+    images = store.images()
+    layers = list({(layer.diff_id, layer.blob): layer for image in images for layer in image.layers}.values())
+    layer_blobs = {layer.blob for layer in layers}
+    others = [digest for digest in _stored_blobs(layout) if digest not in layer_blobs]
+    sizes = [*(layer.size for layer in layers), *(_size(layout.blob(digest)) for digest in others)]
+    total, done = sum(sizes), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    content = [finding for layer in layers for finding in _check_layer(layout, layer, advance)]
+    content += [finding for digest in others for finding in _check_blob(layout, digest, advance)]
+    with store.lock():
+        # What was deleted meanwhile is no finding.
+        content = [finding for finding in content if os.path.lexists(finding.path)]
+        structure = [
+            *_check_images(store, layout),
+            *_check_unused(store, layout),
+            *_check_containers(store, layout),
+        ]
+    return content + structure
+
+
+def _stored_blobs(layout: Layout) -> list[Digest]:
+    found = []
+    for name in os.listdir(layout.blobs):
+        with contextlib.suppress(BadName):
+            found.append(parse_digest(f"sha256:{name}"))
+    return found
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+# Contents
+
+
+def _check_blob(layout: Layout, digest: Digest, advance: Callable[[int], None]) -> Iterator[Finding]:
+    path = layout.blob(digest)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        yield Finding(path, f"cannot be read ({error.strerror})", _IMPORT_AGAIN)
+        return
+    if f"sha256:{found}" != digest:
+        yield Finding(path, "the content has another digest", _IMPORT_AGAIN)
+    advance(_size(path))
+
+
+def _check_layer(layout: Layout, layer: LayerRef, advance: Callable[[int], None]) -> Iterator[Finding]:
+    path = layout.blob(layer.blob)
+    try:
+        made = derive(path, blob=layer.blob, diff_id=layer.diff_id, progress=advance)
+    except StoreDamaged as error:
+        # A blob that is missing altogether is found with its image.
+        yield Finding(path, str(error), _IMPORT_AGAIN)
+        return
+    yield from _check_index(layout.layer_index(layer.diff_id), made)
+    if made.seek is not None:
+        yield from _check_table(layout.seek_table(layer.diff_id, layer.blob), made)
+
+
+def _check_index(path: str, made: Ingested) -> Iterator[Finding]:
+    try:
+        with open(path, "rb") as file:
+            if file.read() == made.index:
+                return
+        # Another version of zstd packs the same index into other bytes.
+        found, expected = map_index(path), LayerIndex(made.index)
+        if (found.tar_size, len(found)) != (expected.tar_size, len(expected)):
+            yield Finding(path, "is of another layer", _MADE_AGAIN)
+        _read_all(found)
+    except FileNotFoundError:
+        return
+    except (OSError, StoreDamaged) as error:
+        yield Finding(path, f"is damaged ({error})", _MADE_AGAIN)
+
+
+def _read_all(index: LayerIndex) -> None:
+    pending = [LayerIndex.ROOT]
+    while pending:
+        directory = pending.pop()
+        for _, ino in index.children(directory):
+            attr = index.attr(ino)
+            index.xattrs(ino)
+            if attr.mode & 0o170000 == 0o040000:
+                pending.append(ino)
+            elif attr.mode & 0o170000 == 0o120000:
+                index.target(ino)
+            elif attr.mode & 0o170000 == 0o100000:
+                index.extents(ino)
+
+
+def _check_table(path: str, made: Ingested) -> Iterator[Finding]:
+    try:
+        with open(path, "rb") as file:
+            if file.read() == made.seek:
+                return
+        SeekTable(path, made.tar_size).close()
+    except FileNotFoundError:
+        return
+    except (OSError, StoreDamaged) as error:
+        yield Finding(path, f"is damaged ({error})", _MADE_AGAIN)
+
+
+# What points to what
+
+
+def _check_images(store: Store, layout: Layout) -> Iterator[Finding]:
+    try:
+        version = oci.parse_object(read_file(layout.oci_layout, oci.DOCUMENT_MAX), "oci-layout").get(
+            "imageLayoutVersion"
+        )
+    except (OSError, BadSource):
+        version = None
+    if not isinstance(version, str):
+        yield Finding(
+            layout.oci_layout, "is missing or damaged", 'write {"imageLayoutVersion":"1.0.0"} into it'
+        )
+    for entry in store.image_entries():
+        if entry.image_id is None:
+            yield Finding(layout.index, entry.problem, "remove its entry, or import the image again")
+    for image in store.images():
+        yield from _check_image(store, layout, image)
+
+
+def _check_image(store: Store, layout: Layout, image: Image) -> Iterator[Finding]:
+    known = f"of image {image.id[:12]}"
+    for digest, what in ((image.manifest, "manifest"), (image.config, "config")):
+        if not os.path.exists(layout.blob(digest)):
+            yield Finding(layout.blob(digest), f"the {what} {known} is missing", _IMPORT_AGAIN)
+    for layer in dict.fromkeys(image.layers):
+        path = layout.blob(layer.blob)
+        if not os.path.exists(path):
+            yield Finding(path, f"a layer {known} is missing", _IMPORT_AGAIN)
+        elif _size(path) != layer.size:
+            yield Finding(path, f"a layer {known} has {_size(path)} bytes, not {layer.size}", _IMPORT_AGAIN)
+    try:
+        described = store.describe_image(image)
+    except (BadSource, StoreError):
+        return  # its blobs are found above, or by their digests
+    if described != image:
+        path = layout.image_record(image.id)
+        yield Finding(path, "contradicts the manifest", "remove it, it is made again")
+
+
+def _check_unused(store: Store, layout: Layout) -> Iterator[Finding]:
+    entries = store.image_entries()
+    if any(entry.image_id is None for entry in entries):
+        return  # that entry may be what uses it
+    parts = [loose_parts(image) for image in store.images()]
+    blobs = {blob for part in parts for blob in part["blobs"]} | {entry.raw["digest"] for entry in entries}
+    diff_ids = {diff_id for part in parts for diff_id in part["layers"]}
+    for directory, used in (
+        (layout.blobs, {digest.partition(":")[2] for digest in blobs}),
+        (layout.layers, {digest.partition(":")[2] for digest in diff_ids}),
+        (layout.images, set(store.image_ids())),
+    ):
+        for name in sorted(set(os.listdir(directory)) - used):
+            yield Finding(f"{directory}/{name}", "no image needs it", _UNUSED)
+
+
+def _check_containers(store: Store, layout: Layout) -> Iterator[Finding]:
+    names = {}
+    images = set(store.image_ids())
+    for container_id in sorted(store.container_ids()):
+        path = layout.document(container_id)
+        for part in (layout.upper(container_id), layout.work(container_id), layout.workdir(container_id)):
+            if not os.path.isdir(part):
+                yield Finding(part, "the directory is missing", "make it, empty")
+        try:
+            found = store.container(container_id)
+        except (StoreDamaged, NotFound) as error:
+            yield Finding(
+                path, str(error), "save what you need from diff/ beside it, then delete the container"
+            )
+            continue
+        if found.image_id and found.image_id not in images:
+            known = found.image_name or found.image_id[:12]
+            yield Finding(
+                path, f"its image {known} is missing", "import the image again, or delete the container"
+            )
+        if found.name != container_id:
+            names[found.name] = container_id
+    links = {name: _target(layout, name) for name in os.listdir(layout.names)}
+    for name in sorted(names.keys() - links.keys()):
+        yield Finding(
+            layout.name(name), f"the name of container {names[name]} is missing", "rename the container"
+        )
+    for name, target in sorted(links.items()):
+        if names.get(name) != target:
+            yield Finding(layout.name(name), f"{target or 'what it points to'} is not called so", _UNUSED)
+
+
+def _target(layout: Layout, name: str) -> str:
+    """The id a name points to, "" for what is no such link."""
+    try:
+        target = os.readlink(layout.name(name))
+    except OSError:
+        return ""
+    container_id = os.path.basename(target)
+    return container_id if target == layout.name_target(container_id) else ""
