@@ -22,6 +22,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, Protocol
@@ -89,9 +90,9 @@ def ingest(
         data = source.read(_READ)
         blob_size += len(data)
         blob_hash.update(data)
-        if sink:
+        if sink and data:
             sink(data)
-        if progress:
+        if progress and data:
             progress(len(data))
         return data
 
@@ -217,11 +218,13 @@ def open_reader(
         raise _damaged(blob_path, error.strerror or "unreadable") from error
     if seek_path is None:
         return _PlainReader(blob_fd, blob_path, tar_size)
-    try:
-        return _SpanReader(blob_fd, blob_path, SeekTable(seek_path, tar_size), cache, cache_path)
-    except BaseException:
-        os.close(blob_fd)
-        raise
+    with ExitStack() as on_error:
+        on_error.callback(os.close, blob_fd)
+        table = SeekTable(seek_path, tar_size)
+        on_error.callback(table.close)
+        reader = _SpanReader(blob_fd, blob_path, table, cache, cache_path)
+        on_error.pop_all()
+    return reader
 
 
 class _PlainReader(LayerReader):

@@ -282,16 +282,9 @@ class SpanFile:
         if not self._cache._reserve(entry.size):
             return False
         with self._lock:
-            try:
-                _write_whole(self._fd, data, self._table.starts[span])
-            except OSError as error:
-                self._cache._warn_once(error)
-                self._punch(span)
+            if self._held[span] or not self._write(entry, data):
                 self._cache._unreserve(entry.size)
-                return False
-            self._held[span] = entry
-            self._cache._add(entry)
-            return True
+            return self._held[span] is not None
 
     def park(self, run: int, decoder: RunDecoder) -> None:
         """Keep an unfinished decode of `run`, in memory, for whoever reads on; a few per process are kept."""
@@ -300,6 +293,18 @@ class SpanFile:
     def unpark(self, run: int) -> RunDecoder | None:
         """Take the unfinished decode of `run`; the caller owns it."""
         return self._cache._unpark(self, run)
+
+    def _write(self, entry: _Entry, data: bytes) -> bool:
+        """Write and hold a span that is not here. Under the lock."""
+        try:
+            _write_whole(self._fd, data, self._table.starts[entry.span])
+        except OSError as error:
+            self._cache._warn_once(error)
+            self._punch(entry.span)
+            return False
+        self._held[entry.span] = entry
+        self._cache._add(entry)
+        return True
 
     def _evict(self, entry: _Entry) -> None:
         with self._lock:

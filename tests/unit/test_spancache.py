@@ -240,6 +240,21 @@ def test_an_eviction_after_close_touches_no_descriptor(open_file, table, monkeyp
     victim.evict()
 
 
+def test_a_span_stored_twice_at_once_counts_once(open_file, table, monkeypatch):
+    cache = SpanCache(LARGE)
+    file = open_file(cache)
+    reserve = cache._reserve
+
+    def other_first(size):
+        monkeypatch.setattr(cache, "_reserve", reserve)
+        assert file.store(0, span_bytes(table, 0))
+        return reserve(size)
+
+    monkeypatch.setattr(cache, "_reserve", other_first)
+    assert file.store(0, span_bytes(table, 0))
+    assert cache.used == file._held[0].size
+
+
 def test_threads_read_what_is_right_while_spans_are_evicted(open_file, table):
     cache = SpanCache(220_000)
     files = [open_file(cache, name) for name in ("a", "b")]
