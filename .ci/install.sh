@@ -30,7 +30,8 @@ if [ -e /dev/fuse ] && [ "$(stat -c %a /dev/fuse)" != 666 ]; then
     as_root chmod 0666 /dev/fuse
 fi
 
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+# Debian's Python: one in somebody's home could not be run by the plain user of the tests.
+[ -x "$venv/bin/python" ] || /usr/bin/python3 -m venv "$venv"
 if [ "${1-}" = dev ]; then
     "$venv/bin/pip" install --quiet '.[dev]'
 else

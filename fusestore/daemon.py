@@ -8,7 +8,6 @@ threads before `detach`: only the forking thread lives on in a child.
 import logging
 import os
 import shutil
-import stat
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,16 +33,16 @@ def describe(error: BaseException) -> str:
 def check_mountpoint(mountpoint: str, store_path: str) -> None:
     """Raises a FusestoreError that says what to do where a mount of that store cannot or must not be."""
     try:
-        status = os.stat(mountpoint)
+        # Opened, not only looked at: the kernel knows the attributes of a mount whose daemon died.
+        os.close(os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except FileNotFoundError:
         raise NotFound(f"{mountpoint} does not exist: mkdir it first") from None
+    except NotADirectoryError:
+        raise NotADirectory(f"{mountpoint} is not a directory") from None
     except OSError as error:
-        # ENOTCONN: a mount whose daemon died; EACCES too, when it belonged to another user.
         raise Busy(
             f"{mountpoint}: {error.strerror}: if it is what a dead mount left, fusermount3 -uz {mountpoint}"
         ) from None
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectory(f"{mountpoint} is not a directory")
     if os.path.ismount(mountpoint):
         raise Busy(f"{mountpoint} is a mount point already: fusestore umount {mountpoint}, or choose another")
     real, store = os.path.realpath(mountpoint), os.path.realpath(store_path)

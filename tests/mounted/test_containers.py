@@ -23,7 +23,8 @@ def test_mkdir_makes_a_whole_container(mounted: Mount, container: str) -> None:
 def test_mkdir_takes_the_image_tagged_default(mounted: Mount, container: str) -> None:
     shown = json.loads(mounted.sh("cat containers/$1/metadata.json", container).ok())
     default = os.path.basename(mounted.sh("readlink images/default").ok().strip())
-    assert (shown["image-name"], shown["image-id"]) == ("default", default)
+    # It says more what the image is called besides.
+    assert (shown["image-name"], shown["image-id"]) == ("busybox", default)
 
 
 def test_the_rootfs_of_a_new_container_is_the_image(mounted: Mount, container: str) -> None:

@@ -15,13 +15,13 @@ pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
 
 @pytest.mark.parametrize("image", ["busybox", "debian", "corners"])
-def test_an_image_equals_thesnapshot(mounted: Mount, images: Images, image: str) -> None:
+def test_an_image_equals_the_reference(mounted: Mount, images: Images, image: str) -> None:
     found = mounted.person.call(snapshot, mounted.images / image / "rootfs")
     assert differences(snapshot(getattr(images, image).reference), found) == []
 
 
 @pytest.mark.parametrize("image", ["busybox", "debian", "corners"])
-def test_a_new_container_equals_thesnapshot(mounted: Mount, images: Images, image: str) -> None:
+def test_a_new_container_equals_the_reference(mounted: Mount, images: Images, image: str) -> None:
     name = mounted.new_id()
     mounted.fusestore("create", image, name).ok()
     found = mounted.person.call(snapshot, mounted.containers / name / "rootfs")
@@ -73,7 +73,7 @@ as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
 
 
 @as_root
-def test_a_tree_copied_out_equals_thesnapshot(mounted: Mount, images: Images) -> None:
+def test_a_tree_copied_out_equals_the_reference(mounted: Mount, images: Images) -> None:
     copy = mounted.base / "copy"
     mounted.sh("cp -a images/corners/rootfs $1", copy).ok()
     assert differences(snapshot(images.corners.reference), snapshot(copy)) == []

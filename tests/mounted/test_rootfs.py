@@ -214,13 +214,18 @@ def test_readdir_while_deleting_misses_nothing(mounted: Mount, container: str) -
 
 
 def test_a_large_file_is_read_as_written(mounted: Mount, container: str) -> None:
-    script = "head -c 50M /dev/urandom > big; sha256sum < big > sum; cp big copy; sha256sum -c < <(sed s/-/copy/ sum)"
-    assert _in_rootfs(mounted, container, script) == "copy: OK\n"
+    script = "head -c 50M /dev/urandom > big; cp big copy; cat big copy | wc -c; cmp big copy"
+    assert _in_rootfs(mounted, container, script) == "104857600\n"
 
 
 def test_two_writers_of_one_file_append_whole_lines(mounted: Mount, container: str) -> None:
-    script = "for w in 1 2; do (for i in $(seq 200); do echo line-$w >> log; done) & done; wait; sort log | uniq -c"
-    assert _in_rootfs(mounted, container, script).split() == ["200", "line-1", "200", "line-2"]
+    writers = "for w in 1 2; do (for i in $(seq 200); do echo line-$w >> log; done) & done"
+    assert _in_rootfs(mounted, container, f"{writers}; wait; sort log | uniq -c").split() == [
+        "200",
+        "line-1",
+        "200",
+        "line-2",
+    ]
 
 
 def test_nothing_is_written_to_the_upper_by_reading(mounted: Mount, debian: str) -> None:
@@ -240,12 +245,10 @@ def test_the_kernel_mounts_the_upper(fresh: Mount) -> None:
     fresh.sh(changes).ok()
     listing = "find . -printf '%P %y %m %U:%G %s %n %l\\n' | sort; cat etc/new; getfattr -d etc/passwd"
     shown = fresh.sh(f"cd containers/a/rootfs; {listing}").ok()
-    container = fresh.store / "containers/a"
     script = f"""
-        mkdir "$1/k" && cp -a images/busybox/rootfs "$1/lower" && fusestore umount "$1/mnt" &&
-        mount -t overlay -o "lowerdir=$1/lower,upperdir=$2/diff,workdir=$2/work,redirect_dir=on" none "$1/k" || exit 1
-        cd "$1/k"; {listing}; cd /; umount "$1/k"
+        mkdir k && cp -a mnt/images/busybox/rootfs lower && fusestore umount mnt || exit 1
+        upper=store/containers/a
+        mount -t overlay none k -o "lowerdir=lower,upperdir=$upper/diff,workdir=$upper/work,redirect_dir=on"
+        cd k; {listing}; cd ..; umount k
     """
-    result = fresh.person.run("bash", "-c", script.replace("cp -a images", f"cp -a {fresh.images}"), "bash",
-                              fresh.base, container, env=fresh.environment)  # fmt: skip
-    assert result.ok() == shown
+    assert fresh.person.run("bash", "-c", script, cwd=fresh.base, env=fresh.environment).ok() == shown

@@ -47,11 +47,10 @@ class Place:
                 os.chown(directory, person.uid, person.gid)
 
     def fusestore(self, *arguments: str | Path, cwd: str | Path = "/", deadline_s: float = 120) -> Result:
-        return self.person.run(
-            "fusestore", *arguments, cwd=cwd, env=self._environment(), deadline_s=deadline_s
-        )
+        return self.person.run("fusestore", *arguments, cwd=cwd, env=self.environment, deadline_s=deadline_s)
 
-    def _environment(self) -> dict[str, str]:
+    @property
+    def environment(self) -> dict[str, str]:
         return {"FUSESTORE_STORE": str(self.store), "FUSESTORE_RUN_DIR": str(self.run_dir)}
 
     def log(self) -> str:
@@ -91,7 +90,7 @@ class Mount(Place):
         # bash enters the mount itself: the test process must not.
         enter = f"cd {shlex.quote(str(self.mountpoint))} || exit 99\n"
         return self.person.run(
-            "bash", "-c", enter + script, "bash", *arguments, env=self._environment(), deadline_s=deadline_s
+            "bash", "-c", enter + script, "bash", *arguments, env=self.environment, deadline_s=deadline_s
         )
 
     def new_id(self) -> str:
