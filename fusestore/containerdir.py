@@ -69,24 +69,33 @@ class EmptyDir(Node):
         return self.container.around.owner.directory(mtime_ns=0, nlink=2)
 
 
+class _Removal:
+    """A removal that was declared: what the parts are meanwhile."""
+
+    __slots__ = ("empty", "removed")
+
+    def __init__(self) -> None:
+        self.empty: dict[bytes, EmptyDir] = {}
+        self.removed: set[bytes] = set()
+
+
 class ContainerDir(Node):
     """/containers/<id>. Its name is asked for each time: others make and delete containers in this store."""
 
     __slots__ = (
         "_document",
-        "_empty",
         "_identity",
         "_label",
         "_parts",
-        "_removed",
+        "_removal",
         "_rundir",
         "_version",
         "around",
         "aside",
         "id",
         "is_gone",
+        "is_leaving",
         "is_mounted",
-        "is_removing",
         "scratch",
     )
 
@@ -100,13 +109,13 @@ class ContainerDir(Node):
         self.scratch: dict[bytes, ScratchFile] = {}
         self.aside: bytes | None = None
         """The scratch file that metadata.json was renamed to."""
-        self.is_removing = False
         self.is_gone = False
-        """Deleted or being deleted, by us or behind us: this node leads nowhere."""
+        """Deleted, by us or behind us: this node leads nowhere."""
+        self.is_leaving = False
+        """Being deleted or renamed: what comes in meanwhile must not open it again."""
         self.is_mounted = False
         self._parts: dict[bytes, RootfsBranch] = {}
-        self._empty: dict[bytes, EmptyDir] = {}
-        self._removed: set[bytes] = set()
+        self._removal: _Removal | None = None
         self._rundir: Path | None = None
         self._document: DocumentNode | None = None
         self._label = b""
@@ -116,9 +125,14 @@ class ContainerDir(Node):
     # The store
 
     def refresh(self) -> None:
-        """Take over what changed in the store. Raises NotFound; Stale if another container has the id now."""
+        """Take over what changed in the store.
+
+        Raises NotFound; Stale if another container has the id now; Busy while it is being deleted or renamed.
+        """
         if self.is_gone:
             raise errors.Stale(f"container {self.id} was deleted")
+        if self.is_leaving:
+            raise errors.Busy(f"container {self.id} is being deleted or renamed")
         try:
             version: object = self.around.store.version(self.id)
         except errors.StoreDamaged:
@@ -166,8 +180,13 @@ class ContainerDir(Node):
     # The document
 
     @property
+    def is_removing(self) -> bool:
+        """Removal is declared."""
+        return self._removal is not None
+
+    @property
     def shows_document(self) -> bool:
-        return not self.is_removing and self.aside is None
+        return self._removal is None and self.aside is None
 
     def document(self) -> DocumentNode:
         """The node of the document as it is now. Raises NotFound while it is unlinked or renamed."""
@@ -195,9 +214,9 @@ class ContainerDir(Node):
     def names(self) -> list[bytes]:
         """What `ls` shows. What declares the removal is first, so that ``rm -r`` unlinks it first."""
         scratch = sorted(self.scratch, key=lambda name: (name != self.aside, name))
-        if self.shows_document:
-            return [DOCUMENT, *scratch, *PARTS]
-        return [*scratch, *(part for part in PARTS if part not in self._removed)]
+        removed = self._removal.removed if self._removal is not None else ()
+        document = [DOCUMENT] if self.shows_document else []
+        return [*document, *scratch, *(part for part in PARTS if part not in removed)]
 
     def part(self, name: bytes) -> Node | Steps[Node]:
         """The root of `name`, one of `PARTS`."""
@@ -216,14 +235,14 @@ class ContainerDir(Node):
 
     def part_now(self, name: bytes) -> Node:
         """As `part`; rundir only after `make_rundir`. Raises NotFound for what was removed."""
-        if self.is_gone or name in self._removed:
+        removal = self._removal
+        if self.is_gone or self.is_leaving or (removal is not None and name in removal.removed):
             raise errors.NotFound(f"{name!r} was removed")
-        if self.is_removing:
-            empty = self._empty.get(name)
-            if empty is None:
-                empty = self._empty[name] = EmptyDir(self, name)
-            return empty
-        return self._real(name).root
+        if removal is None:
+            return self._real(name).root
+        if name not in removal.empty:
+            removal.empty[name] = EmptyDir(self, name)
+        return removal.empty[name]
 
     def _real(self, name: bytes) -> RootfsBranch:
         part = self._parts.get(name)
@@ -329,28 +348,27 @@ class ContainerDir(Node):
         self.require_idle("remove")
         parts = self._parts
         self.detach()
-        self._empty = {name: EmptyDir(self, name) for name in parts}
-        for name, empty in self._empty.items():
-            self.around.inodes.replace(parts[name].root, empty)
-        self.is_removing = True
+        self._removal = removal = _Removal()
         self.aside = None
+        for name, part in parts.items():
+            removal.empty[name] = EmptyDir(self, name)
+            self.around.inodes.replace(part.root, removal.empty[name])
 
     def remove_part(self, name: bytes) -> None:
         """rmdir(2) of one of `PARTS`."""
-        if not self.is_removing:
+        removal = self._removal
+        if removal is None:
             raise errors.NotPermitted(f"{name.decode()} is part of the container: rmdir the container itself")
-        if name in self._removed:
+        if name in removal.removed:
             raise errors.NotFound(f"{name!r} was removed")
-        self._removed.add(name)
-        self._empty.pop(name, None)
+        removal.removed.add(name)
+        removal.empty.pop(name, None)
 
     def take_back(self) -> None:
         """metadata.json is made again: everything is as it was. Idempotent."""
-        empty, self._empty = self._empty, {}
-        self._removed.clear()
-        self.is_removing = False
+        removal, self._removal = self._removal, None
         self.aside = None
         self._document = None
-        for name, node in empty.items():
+        for name, node in removal.empty.items() if removal is not None else ():
             if node.lookups and (name != b"rundir" or self._rundir is not None):
                 self.around.inodes.replace(node, self._real(name).root)

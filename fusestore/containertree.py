@@ -28,7 +28,7 @@ from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 __all__ = ["ContainerTree"]
 
 _REFUSAL_S = 5.0
-"""How long after a refused unlink(metadata.json) an opendir by the same thread is taken for the same rm -r."""
+"""How long after a refused unlink of metadata.json an opendir by that thread is taken for the same rm -r."""
 
 
 class _Root(Node):
@@ -204,12 +204,10 @@ class ContainerTree(FixedBranch):
         return container.part_now(name) if name in PARTS else container.scratch.get(name)
 
     def _listed_container(self, container_id: str) -> ContainerDir:
-        """As `_container`, but what changed in the store is left to the lookup that follows any use of it."""
+        """As `_container`, with nothing checked: a lookup precedes any use of it."""
         known = self._dirs.get(container_id)
         if known is None:
-            known = self._new_dir(container_id)
-            self._dirs[container_id] = known
-        known.attr()
+            known = self._dirs[container_id] = self._new_dir(container_id)
         return known
 
     # Open files
@@ -244,9 +242,12 @@ class ContainerTree(FixedBranch):
         if name in PARTS:
             raise errors.Exists(f"{name!r} is part of the container")
         if name == DOCUMENT:
-            if flags & os.O_EXCL and node.shows_document:
+            if not node.shows_document:
+                node.take_back()
+                # Whoever makes it starts with an empty file.
+                flags |= os.O_TRUNC
+            elif flags & os.O_EXCL:
                 raise errors.Exists("metadata.json is there")
-            node.take_back()
             document = node.document()
             return document, self._open_document(document, flags)
         file = node.scratch.get(name)
@@ -318,16 +319,11 @@ class ContainerTree(FixedBranch):
     def _delete(self, container: ContainerDir) -> Steps[None]:
         container.require_idle("delete")
         container.detach()
-        # What comes in while the store works must not open it again.
-        container.is_gone = True
+        container.is_leaving = True
         try:
             yield lambda: self._store.delete_container(container.id)
-        except errors.NotFound:
-            self._drop(container)
-            raise
-        except BaseException:
-            container.is_gone = False
-            raise
+        finally:
+            container.is_leaving = False
         self._drop(container)
         self._deleted()
 
@@ -373,11 +369,11 @@ class ContainerTree(FixedBranch):
         container.require_idle("rename")
         container.detach()
         old_id = container.id
-        container.is_gone = True
+        container.is_leaving = True
         try:
             yield lambda: self._store.rename_container(old_id, new_id)
         finally:
-            container.is_gone = False
+            container.is_leaving = False
         # The kernel moves its name along with this node.
         self._dirs.pop(old_id, None)
         container.renamed(new_id)
@@ -399,7 +395,7 @@ class ContainerTree(FixedBranch):
     def require_welcome(self, node: Node, caller: Caller) -> None:
         """Raises Busy for the root of a part whose removal was refused to the same caller just now.
 
-        After an error ``rm -r`` goes on with the next name. It must not empty the rootfs of a running container.
+        After an error ``rm -r`` goes on with the next name: it would empty the rootfs of a running container.
         """
         if not self._refused:
             return

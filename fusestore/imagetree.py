@@ -176,7 +176,8 @@ class _TarHandle(FileHandle):
         return self._decode(offset, size) if data is None else data
 
     def _decode(self, offset: int, size: int) -> Steps[bytes]:
-        return (yield lambda: self._reader.read(offset, size))
+        data: bytes = yield lambda: self._reader.read(offset, size)
+        return data
 
 
 class ImageTree(Branch):
@@ -369,7 +370,8 @@ class ImageTree(Branch):
     def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
         try:
             found = self.lookup(node, name)
-        except errors.NotFound:
+        except (errors.NotFound, errors.StoreDamaged):
+            # What is damaged does not keep the rest from being listed; looking it up says what is wrong.
             return None
         # The layers were opened for the listing: no lookup needs steps.
         return found if isinstance(found, Node) else None

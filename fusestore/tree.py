@@ -307,9 +307,7 @@ class Tree:
         yield from steps
         return Entry(node, node.branch.attr(node))
 
-    def _truncated(
-        self, node: Node, changes: Changes, handle: FileHandle, caller: Caller
-    ) -> Steps[Entry]:
+    def _truncated(self, node: Node, changes: Changes, handle: FileHandle, caller: Caller) -> Steps[Entry]:
         yield from _steps(handle.truncate(cast(int, changes.size)))
         rest = replace(changes, size=None)
         if rest != Changes():
@@ -366,7 +364,11 @@ class Tree:
             child = listed(node, name, token)
             if child is None:
                 continue
-            if not emit(name, Entry(child, child.branch.attr(child)), index + 3):
+            try:
+                entry = Entry(child, child.branch.attr(child))
+            except (errors.NotFound, errors.Stale):
+                continue
+            if not emit(name, entry, index + 3):
                 return
             remember(child)
 
