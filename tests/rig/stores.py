@@ -1,0 +1,62 @@
+"""Stores for tests that need no mount, and disks under them that die or fail at a chosen step. Blocking."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fusestore import durable
+from fusestore.store import Store
+
+__all__ = ["Crash", "Dying", "Failing", "Unsynced", "open_at"]
+
+
+def open_at(place: Path) -> Store:
+    """The store and run directory in `place`, made if need be."""
+    return Store.open(place / "store", place / "run", create=True)
+
+
+class Crash(BaseException):
+    """The process is gone: not an Exception, nothing may tidy up after it."""
+
+
+class Unsynced(durable.Disk):
+    """A process that dies loses nothing it wrote: fsync is for power cuts, and slow."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+
+class Dying(Unsynced):
+    """Lets `steps` primitives happen, then none any more."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def step(self) -> None:
+        if self.left == 0:
+            raise Crash
+        self.left -= 1
+
+
+class Failing(Dying):
+    """Instead of dying fails once, as a full disk does."""
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise OSError(errno.ENOSPC, "no space")
+
+
+def _stepping(name: str) -> Callable[..., Any]:
+    real = getattr(Unsynced, name)
+
+    def primitive(self: Dying, *args: Any) -> Any:
+        self.step()
+        return real(self, *args)
+
+    return primitive
+
+
+for _name in ("write", "fsync", "mkdir", "create", "symlink", "rename", "unlink", "rmdir"):
+    setattr(Dying, _name, _stepping(_name))

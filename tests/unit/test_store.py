@@ -1,0 +1,186 @@
+"""The store as a whole: opening, its run directory, mounts."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rig.ocisources import SourceMaker, tar_of
+from rig.stores import Unsynced, open_at
+
+from fusestore import durable
+from fusestore.check import check
+from fusestore.errors import (
+    LayerRefused,
+    NotFound,
+    StoreUnusable,
+)
+from fusestore.store import Store
+
+BASE = tar_of({"etc/passwd": b"root"})
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> str:
+    maker = SourceMaker()
+    return maker.add(maker.image([BASE, tar_of({"app": b"1"})]), "one").directory(tmp_path / "one")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> str:
+    """Shares its lower layer with `one`."""
+    maker = SourceMaker()
+    return maker.add(maker.image([BASE, tar_of({"app": b"2"})]), "two").directory(tmp_path / "two")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "disk", Unsynced())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_at(tmp_path) as opened:
+        yield opened
+        assert check(opened) == []
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnusable, match="there is no store at"):
+        Store.open(tmp_path / "none", tmp_path / "run")
+
+
+def test_a_directory_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    with pytest.raises(StoreUnusable, match="neither empty nor a store"):
+        Store.open(tmp_path / "other", tmp_path / "run", create=True)
+    assert os.listdir(tmp_path / "other") == ["file"]
+
+
+def test_an_oci_layout_of_others_is_refused(tmp_path: Path, one: str) -> None:
+    before = sorted(os.listdir(tmp_path / "one"))
+    with pytest.raises(StoreUnusable, match="neither empty nor a store"):
+        Store.open(tmp_path / "one", tmp_path / "run", create=True)
+    assert sorted(os.listdir(tmp_path / "one")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"format": "fusestore", "version": 2, "features": []}, "version 2, this fusestore knows 1: upgrade"),
+        ({"format": "fusestore", "version": 1, "features": ["holes"]}, "uses holes, unknown"),
+        ({"format": "other", "version": 1, "features": []}, "fusestore.json is damaged"),
+        ({"format": "fusestore", "version": 1}, "fusestore.json is damaged"),
+    ],
+)
+def test_refused_formats(tmp_path: Path, content: object, message: str) -> None:
+    open_at(tmp_path).close()
+    (tmp_path / "store/fusestore.json").write_text(json.dumps(content))
+    with pytest.raises(StoreUnusable, match=message):
+        open_at(tmp_path)
+
+
+def test_a_format_file_that_is_no_json(tmp_path: Path) -> None:
+    open_at(tmp_path).close()
+    (tmp_path / "store/fusestore.json").write_bytes(b"\0" * 30)
+    with pytest.raises(StoreUnusable, match="damaged: restore it"):
+        open_at(tmp_path)
+
+
+def test_made_by_many_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: open_at(tmp_path), range(8)))
+    for number, store in enumerate(stores):
+        store.create_container(container_id=f"c{number}")
+        store.close()
+    assert len(os.listdir(tmp_path / "store/containers")) == 8
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root is refused only as root")
+def test_another_users_store(tmp_path: Path) -> None:
+    open_at(tmp_path).close()
+    os.chown(tmp_path / "store/fusestore.json", 65534, 65534)
+    with pytest.raises(StoreUnusable, match="another user's store"):
+        open_at(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chown needs root")
+def test_a_run_directory_of_another_user(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    os.chmod(tmp_path / "run", 0o777)
+    with pytest.raises(StoreUnusable, match="not a directory of yours alone"):
+        open_at(tmp_path)
+
+
+def test_what_a_living_process_stages_is_left_alone(tmp_path: Path, store: Store) -> None:
+    with store.scratch() as scratch:
+        open_at(tmp_path).close()
+        assert os.path.isdir(scratch.path)
+    assert not os.path.exists(scratch.path)
+
+
+def test_start_needs_a_mount(store: Store) -> None:
+    store.create_container(container_id="c")
+    with pytest.raises(NotFound, match="run fusestore mount"):
+        store.start_container("c")
+    assert store.container("c").mounted is False
+
+
+def test_start_and_stop(store: Store) -> None:
+    store.create_container(container_id="c", container_name="web")
+    with store.record_mount("/mnt/x", os.getpid(), "union"):
+        for _ in range(2):
+            assert store.start_container("web") == Path("/mnt/x/containers/c/rootfs")
+        assert store.get_container_metadata("c")["mounted"] is True
+    store.stop_container("c")
+    store.stop_container("c")
+    assert store.get_container_metadata("c")["mounted"] is False
+
+
+def test_a_mount_is_known_until_it_ends(tmp_path: Path, store: Store) -> None:
+    record = store.record_mount("/mnt/x", 7, "union")
+    with open_at(tmp_path) as other:
+        (found,) = other.mounts()
+        assert (found.mountpoint, found.pid, found.driver) == ("/mnt/x", 7, "union")
+        record.close()
+        assert other.mounts() == []
+
+
+def test_a_mount_whose_process_died_is_none(store: Store) -> None:
+    pid = os.fork()
+    if pid == 0:
+        store.record_mount("/mnt/x", os.getpid(), "union")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert store.mounts() == []
+    assert os.listdir(Path(store.run_dir, "mounts")) == []
+
+
+def test_after_a_reboot_nothing_is_mounted(tmp_path: Path, store: Store) -> None:
+    store.create_container(container_id="c")
+    store.set_container_metadata("c", {"mounted": True})
+    (store.run_dir_of("c") / "file").touch()
+    Path(store.run_dir, "boot").write_text("another boot")
+    with open_at(tmp_path) as rebooted:
+        assert rebooted.container("c").mounted is False
+        assert list(rebooted.run_dir_of("c").iterdir()) == []
+
+
+def test_rundir(store: Store) -> None:
+    store.create_container(container_id="c")
+    path = store.run_dir_of("c")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert path.parent.parent.parent == Path(store.run_dir)
+
+
+def test_a_refused_import_leaves_the_store_as_it_was(tmp_path: Path, store: Store) -> None:
+    maker = SourceMaker()
+    source = maker.add(maker.image([BASE, b"no tar" * 100]), "bad").directory(tmp_path / "bad")
+    with pytest.raises(LayerRefused):
+        store.import_image(source)
+    assert store.images() == []
+    assert os.listdir(Path(store.path, "blobs/sha256")) == os.listdir(Path(store.path, "tmp")) == []
