@@ -391,7 +391,9 @@ def _decompressed(fd: int, path: str, scratch: str | None) -> int:
                             f"{path} has over {ARCHIVE_MAX} bytes decompressed: unpack it yourself first"
                         )
                     plain.write(chunk)
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError, ValueError) as error:
+        except (EOFError, OSError, lzma.LZMAError, zstandard.ZstdError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # of the disk; bz2 and gzip raise it without a number
             raise BadSource(f"{path} cannot be decompressed ({error}): save the image again") from error
         plain.flush()
         replacement = os.dup(plain.fileno())

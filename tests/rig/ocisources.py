@@ -1,5 +1,4 @@
-"""Sources of images of any make, right or wrong, of a few bytes: layouts, archives, manifest lists.
-Blocking."""
+"""Sources of images, right or wrong, of a few bytes: layouts, archives, manifest lists. Blocking."""
 
 import gzip
 import hashlib
@@ -48,17 +47,18 @@ class SourceMaker:
         return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
 
     def image(
-        self, layers: Sequence[bytes] = (), config: Mapping[str, Any] | None = None, **manifest: Any
+        self, tars: Sequence[bytes] = (), /, changes: Mapping[str, Any] | None = None, **manifest: Any
     ) -> dict[str, Any]:
-        """An image of these tars, gzipped; `config` and `manifest` replace what would be written."""
+        """An image of these tars, gzipped; `changes` (to the config) and `manifest` replace what would be
+        written."""
         document = {
             "architecture": "amd64",
             "os": "linux",
             "created": "2024-01-02T03:04:05Z",
-            "rootfs": {"type": "layers", "diff_ids": [digest(tar) for tar in layers]},
-            **(config or {}),
+            "rootfs": {"type": "layers", "diff_ids": [digest(tar) for tar in tars]},
+            **(changes or {}),
         }
-        blobs = [self.blob(gzip.compress(tar, mtime=0), OCI + "layer.v1.tar+gzip") for tar in layers]
+        blobs = [self.blob(gzip.compress(tar, mtime=0), OCI + "layer.v1.tar+gzip") for tar in tars]
         fields = {
             "schemaVersion": 2,
             "mediaType": OCI + "manifest.v1+json",
