@@ -227,7 +227,7 @@ def _check_containers(store: Store, layout: Layout) -> Iterator[Finding]:
     images = set(store.image_ids())
     for container_id in sorted(store.container_ids()):
         path = layout.document(container_id)
-        for part in (layout.upper(container_id), layout.work(container_id), layout.workdir(container_id)):
+        for part in (layout.work(container_id), layout.workdir(container_id)):
             if not os.path.isdir(part):
                 yield Finding(part, "the directory is missing", "make it, empty")
         try:

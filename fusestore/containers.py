@@ -247,7 +247,6 @@ class Containers:
             document["mountlabel"] = draft.mountlabel
         with self._workspace.scratch() as scratch:
             scratch.mkdir("container")
-            scratch.mkdir(layout.upper_in("container"), 0o755)
             scratch.mkdir(layout.work_in("container"))
             scratch.mkdir(layout.workdir_in("container"))
             scratch.write(layout.document_in("container"), _encode(document))
@@ -393,8 +392,8 @@ class Containers:
             raise Exists(f"the name {name!r} is taken by container {taken_by}: choose another")
 
     def _require_unwritten(self, container_id: str) -> None:
-        if os.listdir(self._layout.upper(container_id)):
-            raise Busy(f"container {container_id} was written to before it had an image: make another one")
+        if os.path.exists(self._layout.upper(container_id)):
+            raise Busy(f"container {container_id} was entered before it had an image: make another one")
 
     def _change_id_locked(self, old_id: str, new_id: str) -> None:
         name = self._stored(old_id).get("name")

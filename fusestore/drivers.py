@@ -130,12 +130,8 @@ class _DirectoryOpener:
         root = os.open(self._path, _DIRECTORY_FLAGS)
         return Opened(Lower(()), (), self._driver.upper(root), lambda: os.close(root))
 
-    def peek(self) -> Attr:
-        root = os.open(self._path, _DIRECTORY_FLAGS)
-        try:
-            return self._driver.upper(root).attr(root)
-        finally:
-            os.close(root)
+    def peek(self) -> None:
+        return None
 
     def hold(self) -> Closable:
         return _NothingHeld()
@@ -180,16 +176,11 @@ class _ContainerOpener:
         layers = self._store.open_layers(self._store.image(image_id))
         return Lower([layer.index for layer in layers]), [layer.reader for layer in layers]
 
-    def peek(self) -> Attr:
-        try:
-            root = os.open(self._store.upper_dir(self._id), _DIRECTORY_FLAGS)
-        except FileNotFoundError:
-            lower, _ = self._layers()
-            return lower.attr(lower.root) if lower.root else _own_root()
-        try:
-            return self._driver.upper(root).attr(root)
-        finally:
-            os.close(root)
+    def peek(self) -> Attr | None:
+        if os.path.exists(self._store.upper_dir(self._id)):
+            return None
+        lower, _ = self._layers()
+        return lower.attr(lower.root) if lower.root else _own_root()
 
     def hold(self) -> Closable:
         return self._store.hold(self._id)

@@ -7,7 +7,7 @@
     │   ├── BadName                   EINVAL        an id, image name or file name that cannot be one
     │   ├── BadDocument               EINVAL        what was written is no metadata document
     │   ├── BadSource                 EINVAL        what import was given is no image
-    │   └── LayerRefused              EINVAL        a layer's bytes break a rule or a limit (design: hostile layers)
+    │   └── LayerRefused              EINVAL        a layer's bytes break a rule or a limit
     ├── NotFound                      ENOENT        no such name in the tree or the store
     ├── Exists                        EEXIST
     ├── Busy                          EBUSY         in use: pinned, open, entered, or used by a container

@@ -110,9 +110,7 @@ class Filesystem(pyfuse3.Operations):
     # Attributes
 
     @_bounded
-    async def getattr(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         return _encode(self.tree.getattr(inode))
 
     @_bounded
@@ -278,9 +276,7 @@ class Filesystem(pyfuse3.Operations):
         return pyfuse3.FileHandleT(await self._finish(self.tree.opendir(inode, _caller(ctx))))
 
     @_bounded
-    async def readdir(
-        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
-    ) -> None:
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         def emit(name: bytes, entry: Entry, position: int) -> bool:
             return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _encode(entry), position)
 

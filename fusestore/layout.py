@@ -19,7 +19,9 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
       containers/<id>/                0700, renamed into place whole; flock: shared while live, exclusive to
       change
         container                     the metadata document
-        diff/ work/                   upper directory and work directory of overlayfs
+        diff/                         upper directory of overlayfs, made when rootfs is first entered: a
+                                      container that has one cannot be bound to an image any more
+        work/                         work directory of overlayfs
         workdir/                      0700, the container's own directory
       names/<name>                    symlink to the id of the container of that name
       tmp/<unique>                    flocked (shared) while its maker lives; unlocked ones are rubbish

@@ -60,9 +60,14 @@ class _RequestWait:
         self._fd = -1
         self._slice_end = 0.0
         self._lock = trio.Lock()
+        self._is_closing = False
         self.current_task = trio.lowlevel.current_task
         self.current_trio_token = trio.lowlevel.current_trio_token
-        self.notify_closing = trio.lowlevel.notify_closing
+
+    def notify_closing(self, fd: int) -> None:
+        """No more requests are wanted: also the tasks that wait for their turn to wait must end."""
+        self._is_closing = True
+        trio.lowlevel.notify_closing(fd)
 
     async def wait_readable(self, fd: int) -> None:
         """Return when a request can be read without blocking; until the caller reads, no other task runs."""
@@ -75,10 +80,12 @@ class _RequestWait:
         if self._poll.poll(0 if self._others_can_run() else _PATIENCE_MS):
             return
         async with self._lock:  # one task at a time may wait for a descriptor in trio
-            while True:
+            while not self._is_closing:
                 await trio.lowlevel.wait_readable(fd)
                 if self._poll.poll(0):  # unless another task has read that request meanwhile
                     break
+            else:
+                raise trio.ClosedResourceError
         self._slice_end = time.monotonic() + _SLICE_S
 
     def _others_can_run(self) -> bool:
@@ -98,9 +105,7 @@ def _stand_in(filesystem: Filesystem) -> types.SimpleNamespace:
     )
 
 
-def run(
-    store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready: Callable[[], None]
-) -> None:
+def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready: Callable[[], None]) -> None:
     """Mount the store's tree and serve it until it is unmounted; `ready` is called once it answers.
 
     SIGTERM and SIGINT unmount. `driver` is a name of DRIVERS, or ``auto``. Raises FusestoreError where it
@@ -123,8 +128,8 @@ def run(
 
         tree = Tree(store, make_driver, Owner(os.geteuid(), os.getegid()), trash.wake)
         filesystem = Filesystem(tree)
-        stack.callback(setattr, pyfuse3, "trio", pyfuse3.trio)
-        pyfuse3.trio = _stand_in(filesystem)
+        stack.callback(setattr, pyfuse3, "trio", trio)
+        setattr(pyfuse3, "trio", _stand_in(filesystem))  # noqa: B010 - not in its type stubs
         try:
             pyfuse3.init(filesystem, mountpoint, _options(allow_other))
         except RuntimeError as error:

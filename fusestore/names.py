@@ -44,9 +44,11 @@ def is_hex_id(text: str) -> bool:
 
 
 def parse_container_id(text: str) -> str:
-    """An id or a name of a container. Raises BadName unless 1–128 of [A-Za-z0-9_.-], the first alphanumeric."""
+    """A container's id or name: 1–128 of [A-Za-z0-9_.-], the first alphanumeric. Raises BadName."""
     if not _CONTAINER_ID.fullmatch(text):
-        raise BadName(f"{text!r} cannot name a container: use 1 to 128 of A-Z a-z 0-9 _ . - with a letter or digit first")
+        raise BadName(
+            f"{text!r} cannot name a container: use 1 to 128 of A-Z a-z 0-9 _ . -, a letter or digit first"
+        )
     return text
 
 
@@ -57,7 +59,9 @@ def parse_image_name(text: str) -> str:
     """
     components = text.split("/")
     if len(text) > 1024 or not all(_IMAGE_COMPONENT.fullmatch(component) for component in components):
-        raise BadName(f"{text!r} cannot name an image: use components of letters, digits and _ . : @ + - joined by /")
+        raise BadName(
+            f"{text!r} cannot name an image: use components of letters, digits and _ . : @ + - joined by /"
+        )
     if is_hex_id(components[0]):
         raise BadName(f"{text!r} cannot name an image: it has the form of an image id")
     return text

@@ -28,7 +28,7 @@ WHITEOUT_RDEV = 0
 
 
 class Extent(NamedTuple):
-    """A run of file content: `length` bytes at `offset` of the file lie at `source` of the uncompressed tar."""
+    """A run of content: `length` bytes at `offset` of the file lie at `source` of the uncompressed tar."""
 
     offset: int
     length: int
@@ -73,4 +73,4 @@ class TarEntry(NamedTuple):
     rdev: int
     xattrs: Xattrs
     data: tuple[Extent, ...]
-    """Content, ascending, no overlap; gaps read as zeros. One extent for an ordinary file, none for an empty one."""
+    """Ascending, no overlap; gaps read as zeros. One extent for an ordinary file, none for an empty one."""

@@ -110,8 +110,8 @@ class Opener(Protocol):
     def open(self) -> Opened:
         """Blocking, in a worker thread."""
 
-    def peek(self) -> Attr:
-        """Attributes of the root before it is opened; quick."""
+    def peek(self) -> Attr | None:
+        """Attributes of a root that nobody has entered yet; quick. None: opening it changes nothing."""
 
     def hold(self) -> Closable:
         """Keep the container from being deleted while something is open in it. Raises Busy."""
@@ -154,6 +154,9 @@ class OpenFile(FileHandle):
 
     def write(self, offset: int, data: bytes) -> int:
         return os.pwrite(self._fd, data, offset)
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
 
     def fsync(self, datasync: bool) -> Maybe[None]:
         return self._sync(os.fdatasync if datasync else os.fsync) if self._fd >= 0 else None
@@ -221,7 +224,10 @@ class Rootfs(Branch):
         opened = yield self._opener.open
         if self._opened is not None or self._is_detached:
             opened.close()
-            return
+        else:
+            self._take(opened)
+
+    def _take(self, opened: Opened) -> None:
         self._opened = opened
         self.root.stack = opened.lower.root
         self.root.in_upper = opened.upper is not None
@@ -361,7 +367,11 @@ class Rootfs(Branch):
     def attr(self, node: Node) -> Attr:
         thing = _object(node)
         if self._opened is None:
-            return self._opener.peek()
+            peeked = self._opener.peek()
+            if peeked is not None:
+                return peeked
+            self._take(self._opener.open())
+        assert self._opened is not None
         if thing.in_upper and self._opened.upper is not None:
             attr = self._opened.upper.attr(self.descriptor(thing))
             is_merged = bool(thing.stack) and thing.format == stat.S_IFDIR

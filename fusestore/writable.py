@@ -239,9 +239,7 @@ class WritableRootfs(Rootfs):
 
     # Moving
 
-    def rename(
-        self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
-    ) -> Steps[None]:
+    def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> Steps[None]:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise BadInput("of the flags of renameat2(2) only NOREPLACE and EXCHANGE are known")
         old, new = _thing(node), _thing(new_parent)
@@ -365,9 +363,7 @@ class WritableRootfs(Rootfs):
         attr, xattrs = self._lower.attr(stack), self._lower.xattrs(stack)
         target = self._lower.target(stack) if thing.format == stat.S_IFLNK else None
         places = self.places(thing)
-        self._enter_upper(
-            thing, places, lambda at, name: upper.copy_special(at, name, attr, xattrs, target)
-        )
+        self._enter_upper(thing, places, lambda at, name: upper.copy_special(at, name, attr, xattrs, target))
 
     def _copy_up_directory(self, thing: Object) -> None:
         """Give a directory and those above it an upper part; quick where they have one."""

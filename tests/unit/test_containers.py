@@ -57,7 +57,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_default_places_and_modes(store: Store) -> None:
     info = store.create_container(container_id="c")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in info.dir.iterdir()}
-    assert modes == {"container": 0o600, "diff": 0o755, "work": 0o700, "workdir": 0o700}
+    assert modes == {"container": 0o600, "work": 0o700, "workdir": 0o700}
     assert store.work_dir("c") == info.dir / "workdir"
 
 
@@ -174,7 +174,7 @@ def test_a_deleted_container_leaves_nothing_in_its_run_directory(store: Store) -
 
 def test_anything_can_be_deleted(store: Store) -> None:
     store.create_container(container_id="c")
-    fd = os.open(store.upper_dir("c"), os.O_RDONLY)
+    fd = os.open(store.container_dir("c"), os.O_RDONLY)
     for _ in range(1100):
         os.mkdir("d" * 200, dir_fd=fd)
         inner = os.open("d" * 200, os.O_RDONLY, dir_fd=fd)
@@ -300,11 +300,11 @@ def test_binding_by_the_beginning_of_an_id(store: Store, one: str) -> None:
     assert (store.container("c").image_id, store.container("c").image_name) == (image.id, "one")
 
 
-def test_what_was_written_to_cannot_be_bound(store: Store, one: str) -> None:
+def test_what_was_entered_cannot_be_bound(store: Store, one: str) -> None:
     store.create_container(container_id="c")
     store.import_image(one)
-    Path(store.upper_dir("c"), "file").touch()
-    with pytest.raises(Busy, match="written to"):
+    Path(store.upper_dir("c")).mkdir()
+    with pytest.raises(Busy, match="entered"):
         store.set_container_metadata("c", {"image-name": "one"})
     assert store.container("c").image_id == ""
 
