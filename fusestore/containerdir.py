@@ -171,6 +171,8 @@ class ContainerDir(Node):
 
     def attr(self) -> Attr:
         """Raises Stale when it was deleted."""
+        if self.is_gone:
+            raise errors.Stale(f"container {self.id} was deleted")
         try:
             status = os.stat(self.around.layout.container(self.id), follow_symlinks=False)
         except FileNotFoundError:

@@ -367,6 +367,8 @@ class Rootfs(Branch):
     def attr(self, node: Node) -> Attr:
         thing = _object(node)
         if self._opened is None:
+            if self._is_detached:
+                raise Stale("the container is gone")
             peeked = self._opener.peek()
             if peeked is not None:
                 return peeked

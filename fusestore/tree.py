@@ -12,6 +12,7 @@ This is the hot path: an operation on a branch that is ready is one plain call, 
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import GeneratorType
@@ -394,7 +395,7 @@ class _RootBranch(FixedBranch):
         self.root = Node(self, ROOT_INODE)
         self.children: dict[bytes, Node] = {}
         self._path = store.path
-        self._attr = owner.directory(mtime_ns=0, nlink=4)
+        self._attr = owner.directory(time.time_ns(), nlink=4)
 
     def attr(self, node: Node) -> Attr:
         return self._attr

@@ -56,6 +56,8 @@ class FakeRootfs(Branch):
         self.is_detached = True
 
     def attr(self, node: Node) -> Attr:
+        if self.is_detached:
+            raise Stale("detached")
         mode = stat.S_IFDIR | 0o755 if node is self.root else stat.S_IFREG | 0o644
         return Attr(mode, 0, 0, len(self.content), 0, 2, 0, 0, 0, 0)
 
