@@ -8,6 +8,7 @@ nothing points to (layout.py, **intent**).
 What the store has already is not stored twice, but it is verified again: importing an image repairs it.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -40,6 +41,10 @@ _ATTEMPTS = 3
 
 class _Stopped(Exception):
     """Another layer failed, or the user interrupts."""
+
+
+class _Gone(Exception):
+    """What the store had when it was looked at was deleted meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +93,22 @@ class Importer:
         for _ in range(_ATTEMPTS):
             with (
                 self._workspace.scratch() as scratch,
-                open_source(source_text, scratch=scratch.path) as source,
+                open_source(source_text, scratch=scratch.path) as source,contextlib.suppress(_Gone)
             ):
-                image = self._import(source, names or source.names, scratch, progress)
-            if image is not None:
-                return image
+                return self._import(source, names or source.names, scratch, progress)
         raise Busy("other processes keep deleting what this image needs: end them, then import it again")
 
     def _import(
         self, source: Source, names: Sequence[str], scratch: Scratch, progress: Progress | None
-    ) -> Image | None:
-        """None: what the store had when it was looked at is gone meanwhile."""
+    ) -> Image:
+        """Raises _Gone."""
         if self._has_sound_variant(source):
             image_id = digest_hex(oci.digest_of(source.config))
             with self._workspace.lock():
                 if image_id not in self._images.catalog().images:
-                    return None
+                    raise _Gone
                 self._images.change_names_locked(image_id, names, replace_other=True)
-            return self._images.find(image_id)
+                return self._images.find(image_id)
         staged = self._stage(source, scratch, progress)
         self._check_lower_links(staged, scratch)
         config = oci.Descriptor(source.config_type, oci.digest_of(source.config), len(source.config))
@@ -130,11 +133,11 @@ class Importer:
         scratch.sync()
         with self._workspace.lock():
             if not all(self._is_there(layer) for layer in staged):
-                return None
+                raise _Gone
             with self._images.changing(loose_parts(image)):
                 self._publish_locked(staged, scratch, config.digest, descriptor.digest)
                 self._images.add_locked(descriptor, image, names)
-        return self._images.find(image.id)
+            return self._images.find(image.id)
 
     def _has_sound_variant(self, source: Source) -> bool:
         """Whether the store has this image with another manifest (compressed differently), and all of it."""
@@ -187,6 +190,8 @@ class Importer:
             try:
                 made = derive(self._layout.blob(blob), blob=blob, diff_id=layer.diff_id, progress=counter.add)
             except StoreDamaged as error:
+                if not os.path.exists(self._layout.blob(blob)):
+                    raise _Gone from error
                 raise LayerRefused(str(error)) from error
             return self._stage_derived(layer, made, scratch, prefix, None)
         name = f"blob-{prefix}"
@@ -220,16 +225,19 @@ class Importer:
 
     def _check_lower_links(self, staged: Sequence[_Staged], scratch: Scratch) -> None:
         """Refuses hard links that lead to nothing: only all layers together can tell."""
-        indexes = [
-            map_index(
-                scratch.join(layer.index_file)
-                if layer.index_file
-                else self._layout.layer_index(layer.ref.diff_id)
-            )
-            for layer in staged
-        ]
+        try:
+            indexes = [map_index(self._index_path(layer, scratch)) for layer in staged]
+        except FileNotFoundError as error:
+            raise _Gone from error
         if any(index.lower_links for index in indexes):
             check_lower_links(indexes)
+
+    def _index_path(self, layer: _Staged, scratch: Scratch) -> str:
+        return (
+            scratch.join(layer.index_file)
+            if layer.index_file
+            else self._layout.layer_index(layer.ref.diff_id)
+        )
 
     # Publishing
 
