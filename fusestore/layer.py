@@ -14,7 +14,7 @@ The rules are design.md section 4 and OCI image-spec, layer.md. Where both are s
 * Xattrs of overlayfs in a layer are data; escaping them is the union's business.
 
 Invariants: the tree does not depend on where in the tar a whiteout stands; the only error is LayerRefused;
-memory is about 300 bytes an entry and bounded by `LayerLimits`. A maintainer must keep whiteouts out of the
+memory is 150 to 350 bytes an entry and bounded by `LayerLimits`. A maintainer must keep whiteouts out of the
 tree until `finish`, or order begins to matter.
 """
 
@@ -53,9 +53,11 @@ class LayerLimits:
     """What one layer may ask of us beyond `TarLimits`."""
 
     nodes: int = 10_000_000
-    """Objects, with those that only a path implies: one short entry can imply 2,047 directories."""
-    path_bytes: int = 1 << 30
-    """Bytes of all paths and link targets: 100 for each of 10 million entries. It bounds names and time."""
+    """Objects, with those that only a path implies."""
+    directories: int = 2_000_000
+    """350 bytes of memory each, and one short entry can imply 2,047 of them."""
+    path_bytes: int = 512 << 20
+    """Bytes of all paths and link targets: bounds the memory of names, and time, a lookup a component."""
     detail_bytes: int = 256 << 20
     """Bytes of all xattrs and extents, which the builder holds in memory."""
     links_per_file: int = 65_000
@@ -209,8 +211,7 @@ class LayerBuilder:
             if replaced in self._children:
                 self._update(replaced, entry)
                 return
-            node = self._new(_draft(entry))
-            self._children[node] = {}
+            node = self._new_directory(_draft(entry))
         else:
             if replaced in self._children:
                 self._last_directory_path = None  # it may lie in what is dropped here
@@ -257,6 +258,15 @@ class LayerBuilder:
         self._drafts += draft
         return node
 
+    def _new_directory(self, draft: bytes) -> int:
+        if len(self._children) > self._limits.directories:
+            raise LayerRefused(
+                f"layer has more than {self._limits.directories} directories (limit: directories)"
+            )
+        node = self._new(draft)
+        self._children[node] = {}
+        return node
+
     def _find(self, path: bytes) -> int | None:
         node: int | None = _ROOT
         for component in _split(path):
@@ -278,8 +288,7 @@ class LayerBuilder:
             if child not in self._children:
                 if child is not None and not replace:
                     return None
-                child = siblings[component] = self._new(_IMPLICIT_DIRECTORY)
-                self._children[child] = {}
+                child = siblings[component] = self._new_directory(_IMPLICIT_DIRECTORY)
             node = child
         return node
 

@@ -353,13 +353,13 @@ class TarScanner:
 
         if size < 0 or self._position + size > self._limits.total:
             raise _Malformed(f"entry of {size} bytes in a tar of at most {self._limits.total} (limit: total)")
-        sparse = pax.get("sparse") if pax else None
-        if kind == b"S" or sparse:
+        sparse = pax.get("sparse", {}) if pax else {}
+        sparse_pairs = pax.get("sparse_pairs", []) if pax else []
+        if kind == b"S" or sparse or sparse_pairs:
             entry = TarEntry(b"0", path, link, mode, uid, gid, 0, mtime_ns, rdev, xattrs, ())
             if kind == b"S":
                 return self._start_old_sparse(entry, size, block)
-            assert sparse is not None and pax is not None
-            return self._start_pax_sparse(entry, kind, size, sparse, pax.get("sparse_pairs"))
+            return self._start_pax_sparse(entry, kind, size, sparse, sparse_pairs)
         self._padding = -size % BLOCK
         self._skip = size + self._padding
         data = (Extent(0, size, self._position),) if size else ()
@@ -395,7 +395,7 @@ class TarScanner:
         return self._finish_sparse(sparse)
 
     def _start_pax_sparse(
-        self, entry: TarEntry, kind: bytes, stored: int, records: dict[bytes, bytes], pairs: list[int] | None
+        self, entry: TarEntry, kind: bytes, stored: int, records: dict[bytes, bytes], pairs: list[int]
     ) -> TarEntry | None:
         if kind != b"0":
             raise _Malformed("sparse records for an entry that has no content")
@@ -411,7 +411,6 @@ class TarScanner:
             raise _Malformed(f"GNU sparse format {b'.'.join(version)!r} is unknown")
         if b"map" in records:
             pairs = [_pax_number(number) for number in records[b"map"].split(b",")] if records[b"map"] else []
-        pairs = pairs or []
         count = _pax_number(records[b"numblocks"]) if b"numblocks" in records else len(pairs) // 2
         if 2 * count != len(pairs):
             raise _Malformed("the map of a sparse file has another length than it says")

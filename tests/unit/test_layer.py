@@ -193,6 +193,7 @@ def test_the_longest_path_is_kept() -> None:
     ("limits", "entries"),
     [
         (LayerLimits(nodes=3), [file(b"a/b/c")]),
+        (LayerLimits(directories=1), [file(b"a/f"), file(b"a/b/f")]),
         (LayerLimits(path_bytes=3), [file(b"ab"), file(b"cd")]),
         (LayerLimits(detail_bytes=3), [entry(b"a", xattrs=((b"ab", b"cd"),))]),
         (LayerLimits(detail_bytes=24), [entry(b"a", size=9, data=(Extent(0, 1, 512), Extent(2, 1, 513)))]),

@@ -381,6 +381,7 @@ SPARSE_LIES = {
     "more content than map": sparse_pax((b"map", b"0,1"), (b"size", b"9"), stored=b"ab"),
     "more map than content": sparse_pax((b"map", b"0,2"), (b"size", b"9"), stored=b"a"),
     "out of order": sparse_pax((b"size", b"9"), (b"numbytes", b"0"), (b"offset", b"0")),
+    "0.0 without a size": sparse_pax((b"offset", b"0"), (b"numbytes", b"1"), stored=b"a"),
     "no length": sparse_pax((b"size", b"9"), (b"offset", b"0")),
     "of a directory": sparse_pax((b"map", b"0,0"), (b"size", b"1"), type=b"5"),
     "1.0 without content": sparse_pax(*V1),
