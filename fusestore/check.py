@@ -11,6 +11,7 @@ next mount.
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -128,29 +129,37 @@ def _check_index(path: str, made: Ingested) -> Iterator[Finding]:
             if file.read() == made.index:
                 return
         # Another version of zstd packs the same index into other bytes.
-        found, expected = map_index(path), LayerIndex(made.index)
-        if (found.tar_size, len(found)) != (expected.tar_size, len(expected)):
+        if not _is_same(map_index(path), LayerIndex(made.index)):
             yield Finding(path, "is of another layer", _MADE_AGAIN)
-        _read_all(found)
     except FileNotFoundError:
         return
     except (OSError, StoreDamaged) as error:
         yield Finding(path, f"is damaged ({error})", _MADE_AGAIN)
 
 
-def _read_all(index: LayerIndex) -> None:
+def _is_same(found: LayerIndex, expected: LayerIndex) -> bool:
+    """Compares the trees, and so reads all of both. Raises StoreDamaged."""
+    if (found.tar_size, len(found)) != (expected.tar_size, len(expected)):
+        return False
     pending = [LayerIndex.ROOT]
     while pending:
         directory = pending.pop()
-        for _, ino in index.children(directory):
-            attr = index.attr(ino)
-            index.xattrs(ino)
-            if attr.mode & 0o170000 == 0o040000:
+        children = expected.children(directory)
+        if found.children(directory) != children:
+            return False
+        for _, ino in children:
+            if _facts(found, ino) != _facts(expected, ino):
+                return False
+            if stat.S_ISDIR(expected.mode(ino)):
                 pending.append(ino)
-            elif attr.mode & 0o170000 == 0o120000:
-                index.target(ino)
-            elif attr.mode & 0o170000 == 0o100000:
-                index.extents(ino)
+    return True
+
+
+def _facts(index: LayerIndex, ino: int) -> tuple[object, ...]:
+    attr = index.attr(ino)
+    has_target = stat.S_ISLNK(attr.mode) or index.is_lower_link(ino)
+    content = index.target(ino) if has_target else index.extents(ino) if stat.S_ISREG(attr.mode) else None
+    return attr, index.is_opaque(ino), index.is_lower_link(ino), index.xattrs(ino), content
 
 
 def _check_table(path: str, made: Ingested) -> Iterator[Finding]:
