@@ -291,7 +291,7 @@ class Inodes:
             self._held[node.ino] = node
 
     def replace(self, old: Node, new: Node) -> None:
-        """The number that the kernel knows `old` by means `new` from now on, with nothing the kernel would notice.
+        """The number that the kernel knows `old` by means `new` from now on; the kernel notices nothing.
 
         `new` is not known yet. `old` is as if the kernel had forgotten it, but its branch is not told.
         """
