@@ -12,7 +12,7 @@ are stored with it twice ("escaped"). Two schemes:
 * PLAIN, for everybody else: ``user.overlay.`` (what the kernel reads with userxattr). Owner, mode, type and
   device number, where the file cannot have them, are in the xattr ``user.fusestore.stat``, the file itself
   keeping what its owner needs to work with it; other xattrs that may not be set have the prefix
-  ``user.fusestore.xattr.``. Symbolic links, FIFOs and sockets cannot carry user.* xattrs: there owners are
+  ``user.fusestore.xattr.``; ACLs are not kept. Symbolic links, FIFOs and sockets cannot carry user.* xattrs: there owners are
   the process's own, and changing them is refused.
 
 What must appear whole is made in the scratch directory and renamed into place.
@@ -27,7 +27,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .errors import NoAttribute, NotPermitted, StoreDamaged
+from .errors import NoAttribute, NotPermitted, NotSupported, StoreDamaged
 from .nodes import WHITEOUT_RDEV, Attr, Xattrs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 from .union import UpperEntry
@@ -209,6 +209,9 @@ class Upper:
         os.truncate(_proc(fd), size)
 
     def set_xattr(self, fd: int, name: bytes, value: bytes) -> None:
+        """Raises NotSupported for ACLs in the plain scheme: there the mode is all there is."""
+        if self._is_plain and name.startswith(b"system."):
+            raise NotSupported("a plain user's store keeps no ACLs")
         os.setxattr(_proc(fd), self._stored_name(name), value)
 
     def remove_xattr(self, fd: int, name: bytes) -> None:

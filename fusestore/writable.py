@@ -20,12 +20,22 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 
 from .blobs import LayerReader
-from .errors import BadInput, Exists, IsADirectory, NoSpace, NotADirectory, NotEmpty, NotFound, ReadOnly
+from .errors import (
+    BadInput,
+    Exists,
+    IsADirectory,
+    NoSpace,
+    NotADirectory,
+    NotEmpty,
+    NotFound,
+    NotPermitted,
+    ReadOnly,
+)
 from .inodes import Caller, Changes, FileHandle, Maybe, Node, Steps
 from .nodes import Extent
 from .rootfs import Object, OpenFile, Rootfs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
-from .upper import Upper
+from .upper import Scheme, Upper
 
 __all__ = ["WritableRootfs"]
 
@@ -149,10 +159,24 @@ class WritableRootfs(Rootfs):
 
     def setattr(self, node: Node, changes: Changes, caller: Caller) -> Maybe[None]:
         thing = _thing(node)
+        if caller.uid != 0 and self._upper.scheme is Scheme.PLAIN:
+            self._check_chown(thing, changes)
         if not thing.in_upper:
             return self._setattr_copied(thing, changes)
         self._setattr_upper(thing, changes)
         return None
+
+    def _check_chown(self, thing: Object, changes: Changes) -> None:
+        """chown(2) of a plain user, which the kernel does not check in their own mount (`fusestore.mount`).
+
+        Refused as everywhere: tools like cp and sed then leave the owner, where after a success they would go
+        on to ACLs, which the kernel lets nobody set on what is not theirs.
+        """
+        attr = self.attr(thing)
+        if changes.uid not in (None, attr.uid):
+            raise NotPermitted("only root may give files away")
+        if changes.gid not in (None, attr.gid, os.getegid(), *os.getgroups()):
+            raise NotPermitted("only root may give files to a group it is not in")
 
     def _setattr_copied(self, thing: Object, changes: Changes) -> Steps[None]:
         yield from self.copy_up(thing, changes.size)
