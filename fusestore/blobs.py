@@ -31,7 +31,7 @@ from .errors import LayerRefused, StoreDamaged
 from .layer import LayerBuilder
 from .nodes import Digest
 from .seek import Compression, FilePath, SeekTable, SpanCutter
-from .spancache import SpanCache
+from .spancache import SpanCache, SpanFile
 from .streams import HEAD, Decoder, GzipDecoder, PlainDecoder, RunDecoder, ZstdDecoder, detect
 from .tar import TarLimits, TarScanner
 
@@ -222,9 +222,9 @@ def open_reader(
         on_error.callback(os.close, blob_fd)
         table = SeekTable(seek_path, tar_size)
         on_error.callback(table.close)
-        reader = _SpanReader(blob_fd, blob_path, table, cache, cache_path)
+        cached = cache.open(cache_path, table)
         on_error.pop_all()
-    return reader
+    return _SpanReader(blob_fd, blob_path, table, cached)
 
 
 class _PlainReader(LayerReader):
@@ -264,14 +264,12 @@ class _SpanReader(LayerReader):
     goes on, the decoder is parked there, so that reading on does not decode from the restart again.
     """
 
-    def __init__(
-        self, blob_fd: int, blob_path: FilePath, table: SeekTable, cache: SpanCache, cache_path: FilePath
-    ) -> None:
+    def __init__(self, blob_fd: int, blob_path: FilePath, table: SeekTable, cached: SpanFile) -> None:
         self.size = table.tar_size
         self._blob_fd = blob_fd
         self._blob_path = blob_path
         self._table = table
-        self._cached = cache.open(cache_path, table)
+        self._cached = cached
         self._run_locks = tuple(threading.Lock() for _ in range(_RUN_LOCKS))
         self._unstored: tuple[int, bytes] | None = None
         """The last span decoded that the cache had no room for: what follows in it is usually read next."""

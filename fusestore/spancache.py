@@ -87,7 +87,9 @@ class SpanCache:
     def __init__(self, capacity: int) -> None:
         """`capacity`: bytes on disk. A span that does not fit is not kept."""
         self.capacity = capacity
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Reentrant: readers close when they are collected, and the collector may run in any allocation, that
+        of a holder of this lock too."""
         self._used = 0
         self._entries: OrderedDict[_Entry | _Dormant, None] = OrderedDict()
         """What can be evicted, least recently used first. `_used` counts these, and besides what is being
@@ -226,14 +228,14 @@ class SpanFile:
         self._take_stock()
 
     def close(self) -> None:
-        """The file stays, and stays counted."""
+        """The file stays, and stays counted unless it was deleted."""
         self._cache._unpark_all(self)
         with self._lock:
             fd, self._fd = self._fd, -1
             left = self._cache._remove([*filter(None, self._held), *self._unverified.values()])
-        os.close(fd)
-        if self._named and left:
+        if self._named and left and os.fstat(fd).st_nlink:
             self._cache._add_dormant(self._path, left)
+        os.close(fd)
 
     def read(self, offset: int, end: int) -> bytes | None:
         """Bytes `offset` to `end` (at least one, all in the tar), or None unless all their spans are held."""

@@ -495,8 +495,6 @@ class ZstdDecoder:
             output = self._frame.decompress(data)
         except zstandard.ZstdError as error:
             _refuse(f"zstd data: {error}", error)
-        if last != self._frame.eof:
-            _refuse("zstd data: damaged frame")
         if last:
             self._frame = None
         return output

@@ -1,10 +1,12 @@
 """Taking blobs in, and reading the tar inside them: every compression, damage, threads."""
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
 import os
+import random
 import shutil
 import tarfile
 import tempfile
@@ -24,7 +26,7 @@ from fusestore.spancache import SpanCache
 from fusestore.tar import TarLimits
 
 LARGE = 1 << 30
-FILES = {f"dir/file{number}": content(number * 90_001, seed=number) for number in range(10)}
+FILES = {f"dir/file{number}": content(number * 90_001, seed=number) for number in range(11)}
 
 
 def _tar(files: dict[str, bytes]) -> bytes:
@@ -173,6 +175,8 @@ def test_another_content_is_refused(ingested):
 
 REFUSED = {
     "truncated gzip": (gzip.compress(TAR)[:-100], "truncated"),
+    "gzip without its end": (gzip.compress(TAR)[:-4], "gzip data: truncated"),
+    "zstd without its end": (STREAMS["zstd 19"][1](TAR)[:-1], "zstd data: truncated"),
     "truncated tar": (TAR[:100_000], "truncated"),
     "truncated tar in gzip": (gzip.compress(TAR[:100_000]), "truncated"),
     "garbage after gzip": (gzip.compress(TAR) + b"garbage", "garbage"),
@@ -281,6 +285,15 @@ def test_reading_on_in_a_run_decodes_it_once_even_without_room(layer, name, capa
     reader = layer(name).open(SpanCache(capacity))
     assert b"".join(reader.read(offset, 131_072) for offset in range(0, len(TAR), 131_072)) == TAR
     assert decoders == [0]
+    reader.close()
+
+
+@pytest.mark.parametrize("name", ["zstd", "gzip one block"])
+def test_going_back_in_a_run_decodes_it_from_its_restart(layer, name, decoders):
+    reader = layer(name).open(SpanCache(0))
+    for offset in (3 << 20, 0, 3 << 20):
+        assert reader.read(offset, 4096) == TAR[offset : offset + 4096]
+    assert decoders == [0, 0]
     reader.close()
 
 
@@ -413,6 +426,21 @@ def test_damage_is_an_error_of_its_span_and_of_no_other(layer, name):
     reader.close()
 
 
+def test_damage_that_decodes_spares_the_spans_behind_it_in_its_run(tmp_path):
+    """One frame, of blocks that are not compressed."""
+    tar = _tar({"noise": random.Random(1).randbytes(5_000_000)})
+    blob = bytearray(STREAMS["zstd"][1](tar))
+    result = ingest(io.BytesIO(blob))
+    blob[1_000_000] ^= 1
+    (tmp_path / "blob").write_bytes(blob)
+    (tmp_path / "seek").write_bytes(result.seek)
+    reader = Layer(tmp_path, bytes(blob), result).open(SpanCache(LARGE))
+    assert reader.read(3 << 20, 4096) == tar[3 << 20 :][:4096]
+    with pytest.raises(StoreDamaged, match="wrong checksum at byte 0 of its tar"):
+        reader.read(0, 4096)
+    reader.close()
+
+
 @pytest.mark.parametrize("name", ["gzip 6", "zstd small frames", "zstd", "plain"])
 def test_a_truncated_blob_is_an_error_behind_its_end_only(layer, name):
     one = layer(name)
@@ -457,6 +485,18 @@ def test_a_damaged_table_is_damage_and_leaks_nothing(layer):
     (one.place / "seek").write_bytes(b"FSSPANS\n" + bytes(100))
     before = sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(StoreDamaged, match="seek points"):
+        one.open(SpanCache(LARGE))
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_reader_that_cannot_be_opened_leaks_nothing(layer, monkeypatch):
+    def exhausted(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    one = layer("gzip 6")
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(SpanCache, "open", exhausted)
+    with pytest.raises(OSError, match="Too many open files"):
         one.open(SpanCache(LARGE))
     assert sorted(os.listdir("/proc/self/fd")) == before
 

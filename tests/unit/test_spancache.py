@@ -366,6 +366,24 @@ def test_a_closed_layer_still_counts_and_can_be_evicted(open_file, table, place)
     assert on_disk(place / "a") == 0
 
 
+def test_a_deleted_file_counts_no_longer_once_it_is_closed(open_file, table, place):
+    cache = SpanCache(LARGE)
+    file = open_file(cache)
+    store_all(file, table)
+    (place / "cache").unlink()
+    file.close()
+    assert cache.used == 0
+
+
+def test_a_layer_may_close_under_the_lock_of_the_cache(open_file, table):
+    """As when the garbage collector runs there."""
+    cache = SpanCache(LARGE)
+    file = open_file(cache)
+    with cache._lock:
+        file.close()
+    assert file._fd == -1
+
+
 def test_a_closed_layer_opened_again_counts_once(open_file, table):
     cache = SpanCache(LARGE)
     file = open_file(cache)

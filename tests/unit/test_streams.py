@@ -227,6 +227,12 @@ def test_a_stream_cut_anywhere_is_refused(compression, blob):
             decode(decoder_of(compression, spans), spans, blob[:length])
 
 
+def test_a_block_too_large_is_refused_before_it_is_collected():
+    decoder = ZstdDecoder(SpanCutter())
+    with pytest.raises(LayerRefused, match="damaged block"):
+        list(decoder.feed(REFUSED["block over 128 KiB"][1]))
+
+
 BOMB = bytes(64 << 20)
 REPEATED_128_KIB = (1 << 17 << 3 | 0b010).to_bytes(3, "little") + b"\0"
 """A block of zstd: the smallest there is for its output."""
