@@ -8,6 +8,8 @@ The rules are design.md section 4 and OCI image-spec, layer.md. Where both are s
 * `.wh..wh..opq` makes its directory opaque. All other names that begin with `.wh..wh.` are AUFS's own files
   and shown nowhere, as in podman and containerd; hard links to them work, since AUFS kept link targets there.
 * Below `.wh.NAME` there can be nothing, and `.wh.` alone hides nothing: refused.
+* The last entry of a name wins as if it were the only one: a directory merges with the lower one also if a
+  file had its name for a while.
 * A whiteout does not make what it hides anew: with `.wh.a` in the layer, `a/.wh.b` says nothing more.
 * A hard link is to the inode that its target's name has when the link comes, else to the one that it has in
   the end, else to a lower layer. Owner, mode and times of a link entry are ignored, as umoci does.
@@ -121,12 +123,12 @@ class LayerBuilder:
         self._drafts = bytearray(_IMPLICIT_DIRECTORY)
         self._children: dict[int, dict[bytes, int]] = {_ROOT: {}}
         self._details: dict[int, _Details] = {}
+        # Nodes that may have several names, and lower links.
         self._linked: set[int] = set()
-        """Nodes that may have several names, and lower links."""
+        # Of nodes that stand for a target which was not there when the link came.
         self._link_targets: dict[int, bytes] = {}
-        """Of nodes that stand for a target which was not there when the link came."""
+        # Directory and name; without a name, the directory is opaque.
         self._whiteouts: list[tuple[bytes, bytes]] = []
-        """Directory and name; without a name, the directory is opaque."""
         self._device_whiteouts: set[bytes] = set()
         self._path_bytes = 0
         self._detail_bytes = 0

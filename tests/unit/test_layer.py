@@ -45,6 +45,10 @@ TREES: dict[str, tuple[list[TarEntry], dict[bytes, str]]] = {
         [file(b"d/e/f"), file(b"d"), file(b"d/e/g")],
         {b"d": "directory implicit", b"d/e": "directory implicit", b"d/e/g": "file 0"},
     ),
+    "a directory that was a file for a while": (
+        [entry(b"d", D), file(b"d/f"), file(b"d"), entry(b"d", D)],
+        {b"d": "directory"},
+    ),
     "a directory replaces a file": ([file(b"d"), entry(b"d", D)], {b"d": "directory"}),
     "an entry below a file replaces that": (
         [file(b"d"), file(b"d/f")],

@@ -3,6 +3,7 @@
 import mmap
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rig.tars import entry, index_of, walk
 
 from fusestore.errors import NotADirectory, StoreDamaged
 from fusestore.layer import LayerBuilder, LayerIndex
-from fusestore.layerindex import VERSION
+from fusestore.layerindex import VERSION, _Cache
 
 
 def index_bytes(*paths: bytes) -> bytes:
@@ -77,6 +78,21 @@ def test_indexes_do_not_share_what_is_cached() -> None:
     one, two = index_of([entry(b"a")]), index_of([entry(b"b")])
     assert one.lookup(one.ROOT, b"a") is not None
     assert two.lookup(two.ROOT, b"a") is None
+
+
+def test_threads_share_an_index_and_a_cache_too_small_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = _Cache(200_000)
+    monkeypatch.setattr(LayerIndex, "_cache", cache)
+    paths = [b"%d/%d" % (number % 50, number) for number in range(6000)]
+    index = index_of(entry(path, mtime_ns=number) for number, path in enumerate(paths))
+
+    def times(_: int) -> list[int]:
+        found = walk(index)
+        return [index.attr(found[path]).mtime_ns for path in paths]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(times, range(4))) == [list(range(6000))] * 4
+    assert sum(weight for _, weight in cache._items.values()) == cache._weight <= 200_000
 
 
 def test_a_file_is_no_directory() -> None:
