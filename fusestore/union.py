@@ -154,7 +154,7 @@ class Lower:
         ref = self._speaker(stack)
         attr = self.layers[ref.layer].attr(ref.ino)
         if stat.S_ISDIR(attr.mode):
-            nlink = attr.nlink if len(stack) == 1 else 2 + self._count_subdirectories(stack)
+            nlink = attr.nlink if stack == (ref,) else 2 + self._count_subdirectories(stack)
         else:
             nlink = self.nlink(ref, attr.nlink)
         return attr if nlink == attr.nlink else replace(attr, nlink=nlink)
@@ -171,11 +171,23 @@ class Lower:
         return self.layers[ref.layer].target(ref.ino)
 
     def _speaker(self, stack: Stack) -> Ref:
-        """The part of a directory whose attributes count: the topmost with an entry in its layer's tar."""
+        """The part of a directory whose attributes count: the topmost with an entry in its layer's tar.
+
+        An opaque marker hides what a directory holds, not the directory: the search goes on below it.
+        """
         for ref in stack:
             if not self.layers[ref.layer].is_implicit(ref.ino):
                 return ref
-        return stack[0]
+        below = self._below(stack[-1])
+        return self._speaker(below) if self.is_directory(below) else stack[0]
+
+    def _below(self, last: Ref) -> Stack:
+        """What the layers under `last` have in place of that directory."""
+        if last.ino == LayerIndex.ROOT:
+            return self._roots(last.layer)
+        head, _, name = self.directory_path((last,)).rpartition(b"/")
+        siblings = self._candidates(self.walk(head), name)
+        return self._fold(ref for ref in siblings if ref.layer < last.layer)
 
     def _count_subdirectories(self, stack: Stack) -> int:
         count = self._subdirectories.get(stack)
@@ -257,12 +269,19 @@ class LayerView(Lower):
         """Of `layers`, bottom first, show number `number`."""
         super().__init__(layers[: number + 1])
         self.root = (Ref(number, LayerIndex.ROOT),)
+        self._merged = Lower(self.layers)
 
     def _fold(self, candidates: Iterable[Ref]) -> Stack:
         top = next(iter(candidates), None)
         if top is not None and self.layers[top.layer].is_whiteout(top.ino):
             return (top,)
         return super()._fold([top] if top else [])
+
+    def _resolve_link(self, link: Ref) -> Stack:
+        return self._merged._resolve_link(link)
+
+    def _speaker(self, stack: Stack) -> Ref:
+        return stack[0]
 
     def xattrs(self, stack: Stack) -> Xattrs:
         ref = stack[0]
