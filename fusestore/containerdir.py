@@ -124,6 +124,13 @@ class ContainerDir(Node):
 
     # The store
 
+    def check(self) -> None:
+        """As `refresh`, but reads no document as long as nothing depends on which container this is."""
+        if self._identity is not None or self.is_gone:
+            self.refresh()
+        elif not os.path.lexists(self.around.layout.container(self.id)):
+            raise errors.NotFound(f"there is no container {self.id}")
+
     def refresh(self) -> None:
         """Take over what changed in the store.
 

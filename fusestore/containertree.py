@@ -124,13 +124,13 @@ class ContainerTree(FixedBranch):
         known = self._dirs.get(container_id)
         if known is not None:
             try:
-                known.refresh()
+                known.check()
                 return known
             except (errors.NotFound, errors.Stale):
                 self._drop(known)
         made = self._new_dir(container_id)
         try:
-            made.refresh()
+            made.check()
         except errors.NotFound:
             return None
         self._dirs[container_id] = made

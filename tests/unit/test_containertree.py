@@ -195,6 +195,7 @@ def test_container_replaced_behind_is_another_directory(shell: TreeShell, store:
 
 def test_old_directory_of_a_replaced_container_is_stale(shell: TreeShell, store: Store) -> None:
     with shell.walk("containers/c") as entry:
+        shell.stat(METADATA)
         store.rename_container("c", "aside")
         store.create_container(container_id="c")
         with pytest.raises(errors.Stale):
