@@ -12,8 +12,8 @@ are stored with it twice ("escaped"). Two schemes:
 * PLAIN, for everybody else: ``user.overlay.`` (what the kernel reads with userxattr). Owner, mode, type and
   device number, where the file cannot have them, are in the xattr ``user.fusestore.stat``, the file itself
   keeping what its owner needs to work with it; other xattrs that may not be set have the prefix
-  ``user.fusestore.xattr.``; ACLs are not kept. Symbolic links, FIFOs and sockets cannot carry user.* xattrs: there owners are
-  the process's own, and changing them is refused.
+  ``user.fusestore.xattr.``; ACLs are not kept. Symbolic links, FIFOs and sockets cannot carry user.* xattrs:
+  there owners are the process's own, and changing them is refused.
 
 What must appear whole is made in the scratch directory and renamed into place.
 """
@@ -174,7 +174,8 @@ class Upper:
 
     def xattr(self, fd: int, name: bytes) -> bytes:
         """Raises NoAttribute."""
-        value = _getxattr(_proc(fd), self._stored_name(name))
+        is_hidden = self._is_plain and name.startswith(_OWN)
+        value = None if is_hidden else _getxattr(_proc(fd), self._stored_name(name))
         if value is None:
             raise NoAttribute("no such attribute")
         return value
@@ -317,23 +318,26 @@ class Upper:
         os.unlink(name, dir_fd=directory)
 
     def remove_directory(self, directory: int, name: bytes, leave_whiteout: bool) -> None:
-        """Remove a directory in which at most whiteouts are left; what they hide comes back in no crash."""
-        with self._opened(directory, name) as fd:
-            self.clear_whiteouts(fd)
+        """Remove a directory in which at most whiteouts are left. They go after it: nothing they hide appears."""
         if leave_whiteout:
             temporary = self._link_whiteout()
             renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
-            os.rmdir(temporary, dir_fd=self._scratch)
         else:
-            os.rmdir(name, dir_fd=directory)
+            temporary = self._temporary()
+            renameat2(directory, name, self._scratch, temporary)
+        with self._opened(self._scratch, temporary) as fd:
+            self._unlink_whiteouts(fd)
+        os.rmdir(temporary, dir_fd=self._scratch)
 
     def clear_whiteouts(self, fd: int) -> None:
-        """Empty a directory that shows nothing: opaque first, so that the whiteouts are no longer needed."""
-        names = [name for name, found in self.listing(fd) if found.entry.is_whiteout]
-        if names:
-            self.set_opaque(fd)
-        for name in names:
-            os.unlink(name, dir_fd=fd)
+        """Empty a directory that shows nothing, where it is: opaque first, then no whiteout is needed."""
+        self.set_opaque(fd)
+        self._unlink_whiteouts(fd)
+
+    def _unlink_whiteouts(self, fd: int) -> None:
+        for name, found in self.listing(fd):
+            if found.entry.is_whiteout:
+                os.unlink(name, dir_fd=fd)
 
     def put_whiteout(self, directory: int, name: bytes, replaces: bool) -> None:
         """Hide a lower name; `replaces` an upper non-directory of that name in the same step."""
@@ -391,10 +395,14 @@ class Upper:
         os.unlink(name, dir_fd=self._scratch)
 
     def dress_copy(self, fd: int, attr: Attr, xattrs: Xattrs) -> None:
-        """Give a staged file the attributes of what it is a copy of, times last."""
+        """Give a staged file the attributes of what it is a copy of, times last.
+
+        Links, FIFOs and sockets lose the xattrs that Linux lets no such object have.
+        """
         self._dress(fd, attr.mode, attr.uid, attr.gid, attr.rdev)
         for name, value in xattrs:
-            os.setxattr(_proc(fd), self._stored_name(name), value)
+            if self._holds(attr.mode, stored := self._stored_name(name)):
+                os.setxattr(_proc(fd), stored, value)
         os.utime(_proc(fd), ns=(attr.atime_ns, attr.mtime_ns))
 
     def publish(self, staged: bytes, directory: int, name: bytes) -> None:
@@ -475,6 +483,12 @@ class Upper:
             return int(mode, 8), int(uid), int(gid), int(rdev)
         except ValueError:
             raise StoreDamaged(f"user.fusestore.stat is {record!r}: remove that xattr") from None
+
+    def _holds(self, mode: int, stored: bytes) -> bool:
+        """Whether an object of that type can have an xattr (fs/xattr.c, xattr_permission)."""
+        is_device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+        is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (self._is_plain and is_device)
+        return is_file or not stored.startswith(b"user.")
 
     def _stored_name(self, name: bytes) -> bytes:
         if name.startswith(self._prefix):
