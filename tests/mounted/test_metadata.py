@@ -44,12 +44,12 @@ WAYS = {
     "mv within": "echo '{\"user\": 1}' > tmp && mv tmp metadata.json",
     "mv from outside": "echo '{\"user\": 1}' > $2 && mv $2 metadata.json",
     "jq and mv": "jq '.user = 1' metadata.json > tmp && mv tmp metadata.json",
-    "sed -i": "echo '{\"user\": 7}' > metadata.json && sed -i 's/7/1/' metadata.json",
-    "vim": "echo '{\"user\": 7}' > metadata.json && vim -es -u NONE -c '%s/7/1/' -c wq metadata.json",
+    "sed -i": "echo '{\"user\": 7}' > metadata.json && sed -i '/user/s/7/1/' metadata.json",
+    "vim": "echo '{\"user\": 7}' > metadata.json && vim -es -u NONE -c '/user/s/7/1/' -c wq metadata.json",
     "vim with a backup": "echo '{\"user\": 7}' > metadata.json && "
-    "vim -es -u NONE -c 'set backup backupcopy=no' -c '%s/7/1/' -c wq metadata.json",
+    "vim -es -u NONE -c 'set backup backupcopy=no' -c '/user/s/7/1/' -c wq metadata.json",
     "vim in place": "echo '{\"user\": 7}' > metadata.json && "
-    "vim -es -u NONE -c 'set backupcopy=yes' -c '%s/7/1/' -c wq metadata.json",
+    "vim -es -u NONE -c 'set backupcopy=yes' -c '/user/s/7/1/' -c wq metadata.json",
     "python": 'python3 -c \'open("metadata.json", "w").write("{\\"user\\": 1}")\'',
 }
 
@@ -170,7 +170,8 @@ def test_readers_see_the_old_or_the_new_document(mounted: Mount, container: str)
     script = """
         cd containers/$1
         for i in $(seq 100); do
-            jq ".user = $i | .pad = (\"x\" * $i * 9)" metadata.json > tmp && mv tmp metadata.json || exit 1
+            jq --argjson i $i '.user = $i | .pad = $i * "x"' metadata.json > tmp || exit 1
+            mv tmp metadata.json || exit 1
         done &
         while kill -0 $! 2> /dev/null; do jq -e .id metadata.json > /dev/null || exit 9; done
         wait $!

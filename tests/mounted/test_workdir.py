@@ -22,14 +22,14 @@ def test_every_file_operation_works(mounted: Mount, container: str, directory: s
     script = """
         cd containers/$1/$2
         mkdir -p a/b && echo text > a/b/file && ln a/b/file hard && ln -s a/b/file soft && mkfifo fifo
-        chmod 751 a && truncate -s 5M sparse && touch -d @1.5 a/b/file && mv a/b c && setfattr -n user.x -v y
-        hard stat -c '%F %h %a' hard; cat soft 2>&1 | tail -c 27; readlink soft; stat -c %Y c/file
+        chmod 751 a && truncate -s 5M sparse && touch -d @1.5 a/b/file && mv a/b c
+        setfattr -n user.x -v y hard
+        stat -c '%F %h %a' hard; readlink soft; stat -c %Y c/file
         getfattr --only-values -n user.x c/file; echo; stat -c %s sparse
         rm -r a c hard soft fifo sparse; ls -A
     """
     assert mounted.sh(script, container, directory).ok().splitlines() == [
         "regular file 2 644",
-        ": No such file or directory",
         "a/b/file",
         "1",
         "y",

@@ -37,7 +37,7 @@ PACKAGES = (
     "bash", "coreutils", "dash", "findutils", "grep", "sed", "tar", "perl-base", "perl-modules-5.36",
     "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "tzdata", "ncurses-base",
     "ncurses-term", "libc6", "libc-bin", "libtinfo6", "libacl1", "libattr1", "libselinux1", "libpcre2-8-0",
-    "libgmp10", "libcrypt1", "libgcc-s1", "zlib1g",
+    "libgmp10", "libcrypt1", "libgcc-s1", "zlib1g", "libexpat1",
 )  # fmt: skip
 """What layer 1 of debian is unpacked from: a chroot with a shell, perl and python, and many small files."""
 
