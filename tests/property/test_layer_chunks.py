@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rig.tars import END, header, long_name, member, padded, pax
 
@@ -93,6 +93,7 @@ def cut(data: bytes, at: list[int]) -> list[bytes]:
 PLACES = st.lists(st.integers(0, 1 << 20), max_size=20)
 
 
+@settings(deadline=None)
 @given(TARS, PLACES)
 def test_any_chunking_gives_the_same_entries(tar: bytes, at: list[int]) -> None:
     whole = scanned([tar])
@@ -100,6 +101,7 @@ def test_any_chunking_gives_the_same_entries(tar: bytes, at: list[int]) -> None:
     assert scanned(cut(tar, at)) == whole
 
 
+@settings(deadline=None)
 @given(
     TARS, st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=8)), min_size=1), PLACES
 )
@@ -119,6 +121,7 @@ def test_damaged_tars_are_read_or_refused_by_any_chunking(
     assert scanned(cut(bytes(damaged), at)) == scanned([bytes(damaged)])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2000))
 def test_junk_is_refused(junk: bytes) -> None:
     assert scanned([junk]) in (None, [])

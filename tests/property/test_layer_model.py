@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rig.tars import entry, index_of, outline, walk
 
@@ -196,6 +196,7 @@ MARKERS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(PLAIN, MARKERS), max_size=14))
 def test_a_layer_is_what_the_model_says(entries: list[TarEntry]) -> None:
     try:
@@ -218,6 +219,7 @@ def test_a_layer_is_what_the_model_says(entries: list[TarEntry]) -> None:
             assert index.attr(inode).nlink == len(group)
 
 
+@settings(deadline=None)
 @given(st.lists(PLAIN, max_size=10), st.lists(MARKERS, max_size=6), st.data())
 def test_the_place_of_whiteouts_changes_nothing(
     plain: list[TarEntry], markers: list[TarEntry], data: st.DataObject
