@@ -77,7 +77,7 @@ class Hold:
 
 
 class Containers:
-    """The containers of one store. Thread-safe: all state is on disk, changes are made under the workspace's
+    """The containers of one store. Thread-safe: all state is on disk, and changed under the workspace's
     lock."""
 
     def __init__(self, layout: Layout, run: RunLayout, workspace: Workspace) -> None:
@@ -126,8 +126,7 @@ class Containers:
         return render(self._stored(container_id), container_id, mounted=self._is_mounted(container_id))
 
     def version(self, container_id: str) -> tuple[int, ...]:
-        """Another value whenever `document` may give another one, also after deleting and making anew. Two
-        stats."""
+        """Another value whenever `document` may give another one, or the container is another. Two stats."""
         try:
             found = os.stat(self._layout.document(container_id), follow_symlinks=False)
         except FileNotFoundError:
@@ -349,8 +348,7 @@ class Containers:
         empty_trash(self._run.trash)
 
     def repair_names(self, suspects: Mapping[str, list[str]]) -> None:
-        """After a crash: makes each name point to the container, among those ids, that carries it, or go.
-        Lock held."""
+        """Makes each name point to that of the containers which carries it, or go. With the lock held."""
         for name, candidates in suspects.items():
             carriers = [found for found in candidates if self._documented_name(found) == name]
             if carriers:
@@ -408,8 +406,7 @@ class Containers:
                 os.rename(self._run.container(old_id), self._run.container(new_id))
 
     def _change_name_locked(self, container_id: str, document: Document, new: str) -> None:
-        """Stores `document` with another name. The document is the truth: it changes between the two
-        links."""
+        """Stores `document` with another name. It is the truth: it changes between the two links."""
         old = document.get("name")
         changed = {key: value for key, value in document.items() if key != "name"}
         with self._renaming({name: [container_id] for name in (old, new) if name is not None}):

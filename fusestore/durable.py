@@ -41,15 +41,13 @@ __all__ = [
 ]
 
 LOCK_TIMEOUT_S = 60.0
-"""How long an operation waits for the store's names: they are held for a few renames, never while data is
-copied."""
+"""How long to wait for the store's names: they are held for a few renames, never while data is copied."""
 
 _LOCK_POLL_MAX_S = 0.02
 
 
 class Disk:
-    """The primitives that change a disk. A test puts a subclass in place of `disk` to stop or fail at any of
-    them."""
+    """The primitives that change a disk. Tests put a subclass in place of `disk`, to fail at any of them."""
 
     def write(self, fd: int, data: bytes | memoryview) -> int:
         return os.write(fd, data)
@@ -170,7 +168,7 @@ def _unique() -> str:
 
 
 class Scratch:
-    """A private directory in tmp/. `close()` removes it with all it still holds; a crash leaves it for the
+    """A private directory in tmp/. `close` removes it with what it still holds; a crash leaves it for the
     next open.
 
     `fd` is a descriptor of the directory, `path` its path: on the same filesystem as everything in the store.
@@ -207,8 +205,7 @@ class Scratch:
             os.close(fd)
 
     def sync(self) -> None:
-        """Puts everything in the directory on disk, and that it exists. Before anything is renamed out of
-        it."""
+        """Puts all that is in the directory on disk: before anything is renamed out of it."""
         _sync_tree(self.path)
         _sync_directory(os.path.dirname(self.path))
 
@@ -242,8 +239,7 @@ def _remove(path: str, trash: str) -> None:
 
 
 def _delete(entry: str, trash: str) -> None:
-    """Deletes `entry`, in `trash`. Directories in it are moved up first: no recursion, however deep, no long
-    paths.
+    """Deletes `entry`, in `trash`. Directories in it are moved up first: no recursion, no long paths.
 
     Another process may be deleting the same.
     """
@@ -279,8 +275,7 @@ def _delete_one(path: str, trash: str, pending: list[str]) -> None:
 
 
 def discard(paths: Iterable[str], trash: str) -> None:
-    """Moves `paths` into the directory `trash` of the same filesystem, durably; what is gone is passed
-    over."""
+    """Moves `paths` into the directory `trash` of the same filesystem; what is gone is passed over."""
     touched: dict[str, None] = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -315,8 +310,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """The right to change the store's names: index.json, names/, what is in containers/, blobs/, layers/,
-        images/.
+        """The right to change what is in index.json, names/, containers/, blobs/, layers/, images/.
 
         Held by one thread of one process; not reentrant. Raises Busy after `LOCK_TIMEOUT_S`.
         """
@@ -360,8 +354,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def intent(self, what: Mapping[str, object]) -> Iterator[Scratch]:
-        """A scratch directory whose file INTENT says on disk what is about to change (layout.py,
-        **intent**)."""
+        """A scratch directory that says on disk what is about to change (layout.py, **tmp/…/intent**)."""
         with self.scratch() as scratch:
             scratch.write(INTENT, json.dumps(what).encode())
             scratch.sync()
@@ -415,8 +408,7 @@ class Workspace:
             _sync_directory(os.path.dirname(path))
 
     def discard(self, *paths: str) -> None:
-        """Moves `paths` into the trash: gone at once, whatever their size; `empty_trash` gives the space
-        back.
+        """Moves `paths` into the trash: gone at once, whatever their size. `empty_trash` frees the space.
 
         What is gone already is passed over.
         """
@@ -431,8 +423,7 @@ class Workspace:
             return next(entries, None) is not None
 
     def dead(self) -> Iterator[Scratch]:
-        """Directories in tmp/ that have no maker any more, one by one, locked exclusively; the receiver
-        closes each.
+        """Directories in tmp/ that have no maker any more, each locked exclusively; the receiver closes it.
 
         Dead temporary files are removed on the way: they mean nothing.
         """

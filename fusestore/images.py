@@ -207,8 +207,7 @@ class Images:
         return image if image.manifest == descriptor.digest else None
 
     def image_of(self, descriptor: oci.Descriptor) -> Image:
-        """What manifest and config say. Raises BadSource if they are of no image, StoreDamaged if they are
-        not there."""
+        """What manifest and config say. Raises BadSource if they are of no image, StoreDamaged if missing."""
         data = self.read_blob(descriptor.digest, "manifest")
         document = oci.parse_object(data, f"manifest {descriptor.digest}")
         if oci.is_index(document):
@@ -339,8 +338,7 @@ class Images:
                 raise
 
     def sweep_locked(self, loose: Loose) -> None:
-        """Discards those parts that no image has. Nothing, if index.json has entries that cannot be
-        understood."""
+        """Discards those parts that no image has. Nothing, if an entry of index.json cannot be understood."""
         catalog = self.catalog()
         if any(entry.image_id is None for entry in catalog.entries):
             return

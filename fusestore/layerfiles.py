@@ -1,5 +1,4 @@
-"""The layers of a store, opened: index and reader, shared in a process, and remade from the blob when
-missing. Blocking.
+"""The layers of a store, opened: index and reader, shared in a process, remade when missing. Blocking.
 
 A layer's derived files (layout.py, **layers**) are no truth: what is missing or does not open is derived from
 the blob once more. That a blob has the content of a diff_id is believed only when its seek table is there, or
@@ -60,8 +59,7 @@ class Layer:
 
 
 def default_cache_size(path: str) -> int:
-    """Bytes of decompressed layers to keep on the disk of `path`: a tenth of what is free, 256 MiB to 16
-    GiB."""
+    """Bytes of decompressed layers to keep on that disk: a tenth of what is free, 256 MiB to 16 GiB."""
     found = os.statvfs(path)
     return min(max(found.f_bavail * found.f_frsize // 10, CACHE_SIZE_MIN), CACHE_SIZE_MAX)
 
@@ -119,8 +117,7 @@ class LayerFiles:
         return layer
 
     def is_complete(self, ref: LayerRef) -> bool:
-        """Whether the derived files are there and open, and so prove that blob and diff_id belong
-        together."""
+        """Whether the derived files open, and so prove that blob and diff_id belong together."""
         try:
             tar_size = map_index(self._layout.layer_index(ref.diff_id)).tar_size
             if ref.is_compressed:

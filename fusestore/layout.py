@@ -16,8 +16,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         seek.<blob hex>               restart points in that compressed blob (fusestore.seek)
         cache                         sparse: what was decompressed so far (fusestore.spancache)
       images/<id>/image               derived from manifest and config: may be deleted
-      containers/<id>/                0700, renamed into place whole; flock: shared while live, exclusive to
-      change
+      containers/<id>/                0700, made whole; flock: shared while live, exclusive to change
         container                     the metadata document
         diff/                         upper directory of overlayfs, made when rootfs is first entered: a
                                       container that has one cannot be bound to an image any more
@@ -224,7 +223,7 @@ class Layout:
         return self.document_in(self.container(container_id))
 
     def upper(self, container_id: str) -> str:
-        return self.upper_in(self.container(container_id))
+        return _join(self.container(container_id), "diff")
 
     def work(self, container_id: str) -> str:
         return self.work_in(self.container(container_id))
@@ -239,10 +238,6 @@ class Layout:
         return _join(directory, "container")
 
     @staticmethod
-    def upper_in(directory: str) -> str:
-        return _join(directory, "diff")
-
-    @staticmethod
     def work_in(directory: str) -> str:
         return _join(directory, "work")
 
@@ -252,21 +247,10 @@ class Layout:
 
 
 UNFINISHED = frozenset(
-    [
-        "fusestore.lock",
-        "oci-layout",
-        "index.json",
-        "blobs",
-        "layers",
-        "images",
-        "containers",
-        "names",
-        "tmp",
-        "trash",
-    ]
-)
-"""What a directory may hold, besides fusestore.lock which it must, for its creation as a store to be
-resumed."""
+    ["fusestore.lock", "oci-layout", "index.json", "blobs", "layers", "images", "containers", "names",
+     "tmp", "trash"]
+)  # fmt: skip
+"""What a directory may hold for its creation as a store to be resumed; the lock it must."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +306,7 @@ def default_store_dir(environ: Mapping[str, str], uid: int) -> str:
 
 
 def default_run_dir(environ: Mapping[str, str], uid: int) -> str:
-    """/run/fusestore for root, $XDG_RUNTIME_DIR/fusestore for others, /tmp/fusestore-<uid> where that is not
-    set."""
+    """/run/fusestore for root; for others $XDG_RUNTIME_DIR/fusestore, or else /tmp/fusestore-<uid>."""
     if uid == 0:
         return "/run/fusestore"
     runtime_dir = environ.get("XDG_RUNTIME_DIR")

@@ -164,8 +164,7 @@ class Change:
     """What a written document asks for."""
 
     document: Document
-    """The whole new document as stored: `merge`'s `old` with the user's keys replaced. Not bound yet, name
-    unchanged."""
+    """As stored: `merge`'s `old` with the user's keys replaced. Not bound yet, the name unchanged."""
     name: str | None
     """Another name for the container; None: keep it."""
     image_name: str | None

@@ -109,8 +109,7 @@ def is_of_this_boot(run: RunLayout) -> bool:
 
 
 def forget_former_boot(run: RunLayout) -> None:
-    """Empties a run directory that is not on a tmpfs and is from before a reboot. With the store's lock
-    held."""
+    """Empties a run directory that is from before a reboot. With the store's lock held."""
     if is_of_this_boot(run):
         return
     for directory in (run.containers, run.mounts):

@@ -350,8 +350,7 @@ def _plain_name(name: str, path: str) -> str:
 
 
 class _Headers:
-    """What tarfile reads headers through: it may seek anywhere, but not read a claimed gigabyte into
-    memory."""
+    """What tarfile reads headers through: it may seek anywhere, but not read a claimed gigabyte."""
 
     def __init__(self, fd: int, path: str) -> None:
         self._fd = fd

@@ -207,8 +207,7 @@ class Store:
         self._images.rename_tag(old, new, replace_other=replace)
 
     def delete_image(self, ref: str) -> None:
-        """Takes an image away: its names, and what only it used. Raises NotFound; Busy while a container uses
-        it."""
+        """Takes an image away, with what only it used. Raises NotFound; Busy while a container uses it."""
         self._leaves_trash = True
         self._layers.drop(self._images.delete(ref, self._containers.uses_image))
 
@@ -312,8 +311,7 @@ class Store:
         )
 
     def delete_container(self, ref: str) -> None:
-        """Takes a container away with all it holds: one rename. Raises NotFound; Busy while started or in
-        use.
+        """Takes a container away, with all it holds. Raises NotFound; Busy while started or in use.
 
         `empty_trash`, or `close`, gives the space back.
         """
@@ -321,8 +319,7 @@ class Store:
         self._containers.delete(ref)
 
     def rename_container(self, old: str, new: str) -> None:
-        """An id becomes another id, a name another name. Raises NotFound, BadName, Exists; Busy as deleting
-        does."""
+        """An id becomes another id, a name another name. Raises as deleting does, and BadName, Exists."""
         self._containers.rename(old, new)
 
     def set_container_metadata(self, ref: str, document: bytes | dict[str, Any]) -> None:
@@ -353,8 +350,7 @@ class Store:
         return self._containers.version(container_id)
 
     def start_container(self, ref: str) -> Path:
-        """Pins the container and says where its rootfs is. Starting twice is as starting once: one stop ends
-        it.
+        """Pins the container and says where its rootfs is. Started twice is started: one stop ends it.
 
         Raises NotFound, also if no mount of this store is live.
         """
@@ -387,8 +383,7 @@ class Store:
         return self._layout.upper(container_id)
 
     def hold(self, ref: str) -> Hold:
-        """Keeps a container from being deleted, renamed or bound while its rootfs is in use. Raises
-        NotFound."""
+        """Keeps a container from being deleted, renamed or bound, while it is in use. Raises NotFound."""
         return self._containers.hold(ref)
 
     # Mounts, rubbish
@@ -421,8 +416,7 @@ class Store:
     # Parts
 
     def _image_of(self, image_name: str | None, image_id: str | None) -> tuple[str, str]:
-        """Name and id of the image asked for by name, by id, or by both, which must agree. Raises
-        NotFound."""
+        """Name and id of the image asked for by name, id, or both, which must agree. Raises NotFound."""
         by_name = self._images.find(image_name) if image_name else None
         by_id = self._images.find(image_id) if image_id else None
         image = by_id or by_name

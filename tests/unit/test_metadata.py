@@ -156,9 +156,9 @@ def test_prefixes(data: bytes, expected: bool) -> None:
 
 
 _PIECES = [
-    b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"u", b"d", b"8", b"0", b"c", b"1", b".", b"e", b"-", b"+",
-    b"t", b"r", b"null", b"true", b'"a":', b"\xe2", b"\x82", b"\xac", b"\xed", b"\xa0", b"\xf0", b" ", b"\n", b"\x00",
-    b"\\ud83d",     b"\\ude00", b"e400", b"NaN", b"/", b"b",
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"u", b"d", b"8", b"0", b"c", b"1", b".", b"e", b"-",
+    b"+", b"t", b"r", b"null", b"true", b'"a":', b"\xe2", b"\x82", b"\xac", b"\xed", b"\xa0", b"\xf0", b" ",
+    b"\n", b"\x00", b"\\ud83d", b"\\ude00", b"e400", b"NaN", b"/", b"b",
 ]  # fmt: skip
 
 
