@@ -79,7 +79,7 @@ class _Places:
 
 def _size_of(text: str) -> int:
     """A number of bytes, with an optional K, M, G or T (powers of 1024)."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)", text, re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]+)([KMGT]?)", text, re.IGNORECASE)
     if match is None:
         raise click.BadParameter(f"{text!r} is not a size: write bytes, or a number with K, M, G or T")
     return int(match[1]) * _UNITS[match[2].upper()]

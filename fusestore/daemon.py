@@ -43,9 +43,9 @@ def check_mountpoint(mountpoint: str, store_path: str) -> None:
         raise Busy(
             f"{mountpoint}: {error.strerror}: if it is what a dead mount left, fusermount3 -uz {mountpoint}"
         ) from None
-    if os.path.ismount(mountpoint):
-        raise Busy(f"{mountpoint} is a mount point already: fusestore umount {mountpoint}, or choose another")
     real, store = os.path.realpath(mountpoint), os.path.realpath(store_path)
+    if os.path.ismount(real):
+        raise Busy(f"{mountpoint} is a mount point already: fusestore umount {mountpoint}, or choose another")
     if os.path.commonpath([real, store]) in (real, store):
         # The daemon would reach its own files through itself, and hang.
         raise NotPermitted(
@@ -152,5 +152,8 @@ def log_to(path: str | None) -> None:
         os.dup2(fd, 2)
         os.close(fd)
     logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, force=True
+        filename=path,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        level=logging.INFO,
+        force=True,
     )

@@ -1,0 +1,427 @@
+"""The command line: what it prints, where, and how it exits."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+from rig.tinyimages import make_layout
+
+from fusestore import cli, daemon
+from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
+
+ID = re.compile(r"[0-9a-f]{64}\n")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line on a store of its own, in this process."""
+    monkeypatch.setenv("FUSESTORE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("FUSESTORE_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        code = cli.main(arguments)
+        shown = capsys.readouterr()
+        return Outcome(code, shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture
+def stored(run: Run, tmp_path: Path) -> str:
+    """The id of an image, `app`, that the store has."""
+    make_layout(tmp_path / "oci", "app", [{"file": b"content"}])
+    outcome = run("import", f"oci:{tmp_path}/oci:app")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert ID.fullmatch(outcome.out)
+    return outcome.out.strip()
+
+
+def _fails(outcome: Outcome, *words: str, code: int = 1) -> None:
+    assert outcome.code == code
+    assert outcome.out == ""
+    assert outcome.err.startswith("fusestore: ") and outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+
+
+def test_every_command_has_help(run: Run) -> None:
+    listed = run("--help").out
+    for name in ("mount", "umount", "import", "images", "containers", "create", "rm", "start", "stop"):
+        assert re.search(rf"^  {name} ", listed, re.MULTILINE)
+        outcome = run(name, "--help")
+        assert outcome.code == 0
+        assert "--store DIR" in outcome.out
+
+
+def test_help_tells_the_exit_codes(run: Run) -> None:
+    assert "Exit codes: 0 done, 1 the operation failed" in run("--help").out
+
+
+def test_version_is_printed(run: Run) -> None:
+    assert run("--version").out == "fusestore 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("no-such-command",),
+        ("import",),
+        ("images", "--no-such-option"),
+        ("create", "a", "b", "c"),
+        ("mount", "--driver", "x", "/"),
+        ("mount", "--cache-size", "3X", "/"),
+        ("mount", "--cache-size", "-1", "/"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_2(run: Run, arguments: tuple[str, ...]) -> None:
+    _fails(run(*arguments), "--help", code=2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("images",),
+        ("containers", "--json"),
+        ("create", "x"),
+        ("rm", "x"),
+        ("inspect", "x"),
+        ("start", "x"),
+        ("stop", "x"),
+        ("check",),
+        ("umount", "."),
+    ],
+)
+def test_without_a_store_each_command_says_what_to_do(run: Run, arguments: tuple[str, ...]) -> None:
+    _fails(run(*arguments), "fusestore import", "--store")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("4096", 4096), ("1k", 1 << 10), ("3M", 3 << 20), ("2G", 2 << 30), ("1t", 1 << 40)],
+)
+def test_sizes_have_units_of_1024(text: str, size: int) -> None:
+    assert cli._size_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "1.5G", "-1", "1 M", "1MB", "0x10", "१"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        cli._size_of(text)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "environment", "relative"])
+def test_the_store_can_be_named_anywhere(
+    run: Run, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    if where != "environment":
+        monkeypatch.setenv("FUSESTORE_STORE", "/nonexistent")
+    option = ("--store", "store" if where == "relative" else str(tmp_path / "store"))
+    before = option if where == "before" else ()
+    after = option if where in ("after", "relative") else ()
+    assert stored in run(*before, "images", "--json", *after).out
+
+
+def test_import_names_the_image(run: Run, stored: str, tmp_path: Path) -> None:
+    outcome = run("import", f"oci:{tmp_path}/oci", "--name", "localhost/app:1", "--name", "other")
+    assert outcome.out == f"{stored}\n"
+    (image,) = json.loads(run("images", "--json").out)
+    assert image["names"] == ["app", "default", "localhost/app:1", "other"]
+
+
+def test_import_of_nothing_leaves_no_image(run: Run, tmp_path: Path) -> None:
+    _fails(run("import", f"oci:{tmp_path}/nothing"))
+    assert json.loads(run("images", "--json").out) == []
+
+
+def test_import_prints_no_progress_on_a_pipe(run: Run, stored: str) -> None:
+    assert run("check") == Outcome(0, "", "")
+
+
+def test_images_are_a_table_for_people(run: Run, stored: str) -> None:
+    header, row = run("images").out.splitlines()
+    assert header.split() == ["ID", "NAMES", "CREATED", "LAYERS", "SIZE"]
+    assert row.split()[:5] == [stored[:12], "app", "default", "2024-02-03T04:05:06", "1"]
+
+
+def test_images_json_is_what_the_tree_shows(run: Run, stored: str) -> None:
+    (image,) = json.loads(run("images", "--json").out)
+    assert image == json.loads(run("inspect", "app").out)
+    assert {"id", "names", "created", "architecture", "size", "layers"} <= image.keys()
+
+
+def test_create_prints_the_id(run: Run, stored: str) -> None:
+    assert run("create", "app", "mine") == Outcome(0, "mine\n", "")
+    assert ID.fullmatch(run("create", "app").out)
+
+
+@pytest.mark.parametrize("length", [12, 64])
+def test_create_takes_an_image_id(run: Run, stored: str, length: int) -> None:
+    run("create", stored[:length], "mine")
+    shown = json.loads(run("inspect", "mine").out)
+    assert shown["image-id"] == stored
+
+
+def test_create_takes_name_and_label(run: Run, stored: str) -> None:
+    run("create", "app", "mine", "--name", "job", "--label", "a:b:c:s0")
+    shown = json.loads(run("inspect", "job").out)
+    assert (shown["id"], shown["name"], shown["mountlabel"]) == ("mine", "job", "a:b:c:s0")
+    assert shown["image-name"] == "app"
+
+
+def test_a_failed_create_leaves_nothing(run: Run, stored: str) -> None:
+    _fails(run("create", "no-such-image", "mine"), "fusestore import")
+    _fails(run("create", "app", "../mine"))
+    assert json.loads(run("containers", "--json").out) == []
+
+
+def test_containers_are_a_table_for_people(run: Run, stored: str) -> None:
+    run("create", "app", "mine", "--name", "job")
+    header, row = run("containers").out.splitlines()
+    assert header.split() == ["ID", "NAME", "IMAGE", "CREATED", "STATE"]
+    assert row.split()[:3] == ["mine", "job", "app"]
+    assert row.split()[-1] == "stopped"
+
+
+def test_containers_json_is_a_list_of_documents(run: Run, stored: str) -> None:
+    run("create", "app", "mine")
+    assert json.loads(run("containers", "--json").out) == [json.loads(run("inspect", "mine").out)]
+
+
+def test_rm_goes_on_after_an_error(run: Run, stored: str) -> None:
+    run("create", "app", "a")
+    run("create", "app", "b")
+    _fails(run("rm", "a", "no-such", "b"), "no-such")
+    assert json.loads(run("containers", "--json").out) == []
+
+
+def test_rm_takes_names_and_gives_the_space_back(run: Run, stored: str, tmp_path: Path) -> None:
+    run("create", "app", "a", "--name", "job")
+    assert run("rm", "job") == Outcome(0, "", "")
+    assert os.listdir(tmp_path / "store/trash") == []
+
+
+def test_inspect_of_nothing_names_both_lists(run: Run, stored: str) -> None:
+    _fails(run("inspect", "no such thing"), "containers", "images")
+
+
+def test_inspect_prefers_a_container(run: Run, stored: str) -> None:
+    run("create", "app", "default")
+    assert json.loads(run("inspect", "default").out)["image-id"] == stored
+
+
+def test_start_needs_a_mount(run: Run, stored: str) -> None:
+    run("create", "app", "mine")
+    _fails(run("start", "mine"), "fusestore mount")
+
+
+def test_stop_of_what_is_not_started_is_nothing(run: Run, stored: str) -> None:
+    run("create", "app", "mine")
+    assert run("stop", "mine") == Outcome(0, "", "")
+
+
+def test_check_prints_a_line_for_each_finding(run: Run, stored: str, tmp_path: Path) -> None:
+    blobs = sorted((tmp_path / "store/blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    blobs[0].write_bytes(b"damaged")
+    outcome = run("check")
+    assert outcome.code == 1
+    assert outcome.err == ""
+    assert blobs[0].name in outcome.out
+
+
+# What is shown to people cannot act on their terminal.
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ümläut 日本", "plain ümläut 日本"),
+        ("two\nlines", "two\\nlines"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("c1 \x9b1m", "c1 \\x9b1m"),
+        ("right \u202e left", "right \\u202e left"),
+        ("byte \udcff", "byte \\udcff"),
+    ],
+)
+def test_names_are_printed_without_control_characters(text: str, shown: str) -> None:
+    assert cli.printable(text) == shown
+
+
+def test_an_error_about_a_hostile_name_is_one_harmless_line(run: Run, stored: str) -> None:
+    outcome = run("rm", "x\n\x1b[2Jy\udcff")
+    _fails(outcome)
+    assert outcome.err.isprintable() is False and outcome.err[:-1].isprintable()
+
+
+def test_labels_in_json_are_ascii(run: Run, stored: str, tmp_path: Path) -> None:
+    run("create", "app", "mine", "--label", "\x1bü")
+    out = run("inspect", "mine").out
+    assert out.isascii() and "\x1b" not in out
+
+
+# As a process.
+
+
+def test_python_m_works() -> None:
+    command = [sys.executable, "-m", "fusestore", "--version"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"fusestore 0.1.0\n"
+
+
+def test_a_closed_pipe_is_quiet(run: Run, stored: str, tmp_path: Path) -> None:
+    for number in range(200):
+        run("create", "app", f"container-{number}")
+    pipe = (
+        'set -o pipefail; "$0" -m fusestore containers --json | head -c 1 > /dev/null; echo ${PIPESTATUS[0]}'
+    )
+    done = subprocess.run(["bash", "-c", pipe, sys.executable], capture_output=True, timeout=60, check=True)
+    assert done.stderr == b""
+    assert done.stdout in (b"0\n", b"1\n")
+
+
+def test_a_terminal_sees_a_progress_bar(run: Run, tmp_path: Path) -> None:
+    make_layout(tmp_path / "oci", "app", [{"file": b"x" * 1_000_000}])
+    shown = _on_terminal("import", f"oci:{tmp_path}/oci:app")
+    assert b"import" in shown and b"\x1b[" in shown
+
+
+def _on_terminal(*arguments: str) -> bytes:
+    """What a command writes to standard error where that is a terminal."""
+    leader, follower = pty.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "fusestore", *arguments],
+            env={**os.environ, "TERM": "xterm"},
+            stdout=subprocess.DEVNULL,
+            stderr=follower,
+            timeout=60,
+            check=True,
+        )
+        return os.read(leader, 1 << 16)
+    finally:
+        os.close(follower)
+        os.close(leader)
+
+
+# The background process.
+
+
+def _serve_and_end(ready: Callable[[], None]) -> None:
+    ready()
+
+
+def test_detach_returns_when_ready() -> None:
+    daemon.detach(_serve_and_end)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NotFound("what to do"), "what to do"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
+    ],
+)
+def test_detach_raises_what_the_process_raised(error: Exception, message: str) -> None:
+    def serve(ready: Callable[[], None]) -> None:
+        raise error
+
+    with pytest.raises(FusestoreError, match=f"^{message}$"):
+        daemon.detach(serve)
+
+
+def test_detach_notices_the_death_of_its_process() -> None:
+    def serve(ready: Callable[[], None]) -> None:
+        os.kill(os.getpid(), 9)
+
+    with pytest.raises(FusestoreError, match="killed before it answered"):
+        daemon.detach(serve)
+
+
+def test_detach_leaves_the_starter_as_it_was() -> None:
+    before = (os.getcwd(), os.getsid(0), sorted(os.listdir("/proc/self/fd")))
+    daemon.detach(_serve_and_end)
+    assert (os.getcwd(), os.getsid(0), sorted(os.listdir("/proc/self/fd"))) == before
+
+
+def test_an_end_after_ready_goes_to_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def serve(ready: Callable[[], None]) -> None:
+        # Closed by the end of the process, and by nothing before it.
+        os.lockf(os.open(tmp_path / "alive", os.O_WRONLY | os.O_CREAT), os.F_LOCK, 0)
+        daemon.log_to(str(log))
+        ready()
+        raise RuntimeError("unforeseen")
+
+    daemon.detach(serve)
+    with open(tmp_path / "alive", "a") as alive:
+        os.lockf(alive.fileno(), os.F_LOCK, 0)
+    text = log.read_text()
+    assert "CRITICAL fusestore: the mount ended: unforeseen" in text
+    assert "Traceback" in text
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda path: None, NotFound),
+        (lambda path: path.touch(), NotADirectory),
+        (lambda path: path.symlink_to("/proc"), Busy),
+        (lambda path: path.symlink_to("store"), NotPermitted),
+        (lambda path: path.symlink_to("store/inside"), NotPermitted),
+        (lambda path: path.symlink_to("."), NotPermitted),
+    ],
+)
+def test_a_mount_point_that_cannot_be_is_refused(
+    tmp_path: Path, make: Callable[[Path], None], error: type[FusestoreError]
+) -> None:
+    (tmp_path / "store/inside").mkdir(parents=True)
+    make(tmp_path / "mnt")
+    with pytest.raises(error):
+        daemon.check_mountpoint(str(tmp_path / "mnt"), str(tmp_path / "store"))
+
+
+def test_a_closed_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_FUSE_DEVICE", str(tmp_path / "fuse"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (tmp_path / "fuse").touch()
+    with pytest.raises(AccessDenied, match="chmod 0666"):
+        daemon.check_permission(allow_other=False)
+
+
+def test_a_missing_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_FUSE_DEVICE", str(tmp_path / "fuse"))
+    with pytest.raises(FusestoreError, match="modprobe fuse"):
+        daemon.check_permission(allow_other=False)
+
+
+@pytest.mark.parametrize(
+    ("conf", "allowed"),
+    [(None, False), ("#user_allow_other\n", False), ("mount_max = 9\nuser_allow_other\n", True)],
+)
+def test_allow_other_is_read_from_fuse_conf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conf: str | None, allowed: bool
+) -> None:
+    monkeypatch.setattr(daemon, "_FUSE_CONF", str(tmp_path / "fuse.conf"))
+    if conf is not None:
+        (tmp_path / "fuse.conf").write_text(conf)
+    assert daemon._conf_allows_other() is allowed
