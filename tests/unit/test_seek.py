@@ -193,6 +193,15 @@ def test_a_damaged_window_spares_the_other_runs(open_table):
     assert table.restart(0).window == b""
 
 
+def test_a_window_longer_than_deflate_has_is_refused(open_table):
+    spans = SpanCutter()
+    spans.restart(100, 0, WINDOW + b"x")
+    spans.write(b"a" * 10)
+    table = open_table(spans.finish("gzip", 1000), 10)
+    with pytest.raises(StoreDamaged, match="window of span 0 is too long"):
+        table.restart(0)
+
+
 @pytest.mark.parametrize(
     ("fmt", "offset", "value"),
     [

@@ -3,11 +3,14 @@
 import bz2
 import gzip
 import lzma
+import shutil
+import subprocess
 import zlib
 
 import pytest
 import zlib_ng.zlib_ng
 import zstandard
+from rig.requirements import need
 from rig.streams import SKIPPABLE_FRAME, STREAMS, EveryRestart, content, decode, gzip_stream, scan
 
 from fusestore import streams
@@ -35,6 +38,20 @@ def table_of(tmp_path, data: bytes, tar_size: int) -> SeekTable:
 
 def reader_of(blob: bytes):
     return lambda length, offset: blob[offset : offset + length]
+
+
+def every_run(tmp_path, compression, blob: bytes, plain: bytes, spans: SpanCutter | None = None) -> bytes:
+    """What all runs of the blob's table give, each decoded by itself."""
+    table = table_of(tmp_path, scan(compression, blob, spans or EveryRestart()), len(plain))
+    out = []
+    run = 0
+    while run < len(table):
+        _, end = table.run(run)
+        decoder = RunDecoder(table, run, reader_of(blob))
+        out += [decoder.take() for _ in range(run, end)]
+        run = end
+    table.close()
+    return b"".join(out)
 
 
 # Forwards.
@@ -82,21 +99,34 @@ def test_libz_is_used_where_the_wheel_hides_its_functions(monkeypatch):
     assert streams._fastest_inflate.__wrapped__() is streams.libz()
 
 
+TOOLS = [
+    "gzip -1",
+    "gzip -9",
+    "gzip --rsyncable",
+    "pigz -p 2",
+    "zstd -1",
+    "zstd -19",
+    "zstd --long=27",
+    "zstd -T2 -B512K",
+]
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_what_the_tools_make_is_read_from_every_restart(command, tmp_path):
+    name = command.split()[0]
+    need("images", shutil.which(name) is not None, f"install {name}")
+    plain = content(7_000_000, seed=5)
+    blob = subprocess.run([*command.split(), "-c"], input=plain, stdout=subprocess.PIPE, check=True).stdout
+    assert every_run(tmp_path, "zstd" if name == "zstd" else "gzip", blob, plain) == plain
+
+
 # From a restart.
 
 
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("cutter", [SpanCutter, EveryRestart])
 def test_every_run_decodes_from_its_restart(blobs, name, cutter, tmp_path):
-    table = table_of(tmp_path, scan(STREAMS[name][0], blobs[name], cutter()), len(PLAIN))
-    run = 0
-    while run < len(table):
-        _, end = table.run(run)
-        decoder = RunDecoder(table, run, reader_of(blobs[name]))
-        for span in range(run, end):
-            assert decoder.take() == PLAIN[table.starts[span] : table.starts[span + 1]]
-        run = end
-    table.close()
+    assert every_run(tmp_path, STREAMS[name][0], blobs[name], PLAIN, cutter()) == PLAIN
 
 
 def test_a_decoder_goes_on_from_one_run_into_the_next(blobs, tmp_path):
