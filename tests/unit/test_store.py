@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from rig.ocisources import SourceMaker, tar_of
+from rig.requirements import need
 from rig.stores import Unsynced, open_at
 
 from fusestore import durable
@@ -100,15 +101,14 @@ def test_made_by_many_at_once(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path / "store/containers")) == 8
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="root is refused only as root")
 def test_another_users_store(tmp_path: Path) -> None:
+    need("root", os.geteuid() == 0, "only root can give a file away")
     open_at(tmp_path).close()
     os.chown(tmp_path / "store/fusestore.json", 65534, 65534)
     with pytest.raises(StoreUnusable, match="another user's store"):
         open_at(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="chown needs root")
 def test_a_run_directory_of_another_user(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     os.chmod(tmp_path / "run", 0o777)
