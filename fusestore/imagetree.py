@@ -195,6 +195,8 @@ class ImageTree(Branch):
         self._images: WeakValueDictionary[str, _ImageDir] = WeakValueDictionary()
         self._name_dirs: WeakValueDictionary[str, _NameDir] = WeakValueDictionary()
         self._links: WeakValueDictionary[str, _NameLink] = WeakValueDictionary()
+        self._emptied: set[str] = set()
+        """Prefixes whose last name was removed here: ``rm -r images/localhost`` ends with an rmdir of it."""
         self.root = _NameDir(self, inodes.number(), "")
 
     # Names and ids
@@ -218,8 +220,9 @@ class ImageTree(Branch):
         image_id = names.get(full_name)
         if image_id is not None:
             return self._link(directory, full_name, image_id)
-        if any(known.startswith(full_name + "/") for known in names):
-            return self._name_dir(full_name + "/")
+        prefix = full_name + "/"
+        if prefix in self._emptied or any(known.startswith(prefix) for known in names):
+            return self._name_dir(prefix)
         raise errors.NotFound(f"there is no image {full_name!r}")
 
     def _image(self, image_id: str) -> _ImageDir:
@@ -451,6 +454,12 @@ class ImageTree(Branch):
 
     def _untag(self, full_name: str) -> Steps[None]:
         yield lambda: self._store.untag(full_name)
+        names = self._store.image_names()
+        parts = full_name.split("/")[:-1]
+        for count in range(1, len(parts) + 1):
+            prefix = "/".join(parts[:count]) + "/"
+            if not any(known.startswith(prefix) for known in names):
+                self._emptied.add(prefix)
 
     def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> Maybe[None]:
         """``mv images/<name> images/<other>``: renames a tag."""
@@ -473,9 +482,17 @@ class ImageTree(Branch):
         if isinstance(found, _NameLink):
             raise errors.NotADirectory(f"{name!r} is a name: rm it")
         if isinstance(found, _NameDir):
-            raise errors.NotEmpty(f"{name!r} has names of images in it")
+            self._remove_name_dir(found)
+            return None
         assert isinstance(found, _ImageDir)
         return self._delete(found)
+
+    def _remove_name_dir(self, directory: _NameDir) -> None:
+        """It is there for its names only: with the last of them it goes, and this is no more than manners."""
+        below = (*self._store.image_names(), *(known for known in self._emptied if known != directory.prefix))
+        if any(known.startswith(directory.prefix) for known in below):
+            raise errors.NotEmpty(f"images/{directory.prefix} has names of images in it")
+        self._emptied.discard(directory.prefix)
 
     def _delete(self, directory: _ImageDir) -> Steps[None]:
         if any(rootfs.in_use for rootfs in directory.rootfs):
@@ -495,6 +512,8 @@ class ImageTree(Branch):
         directory.layers = None
 
     def forgotten(self, node: Node) -> None:
+        if isinstance(node, _NameDir):
+            self._emptied.discard(node.prefix)
         if isinstance(node, _ImageDir) and not any(rootfs.in_use for rootfs in node.rootfs):
             self._let_go(node)
 

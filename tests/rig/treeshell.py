@@ -276,4 +276,5 @@ class TreeShell:
                 else:
                     self.unlink(below)
             self.tree.releasedir(fh)
-        self.rmdir(path)
+            # The kernel still knows the directory by name.
+            self.rmdir(path)

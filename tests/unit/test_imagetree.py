@@ -311,6 +311,18 @@ def test_rmdir_of_a_directory_of_names(shell: TreeShell) -> None:
         shell.rmdir("images/localhost")
 
 
+def test_rm_r_of_a_directory_of_names_untags_them_all(shell: TreeShell, store: Store, app: str) -> None:
+    for name in ("localhost/new", "localhost/deep/one", "localhost/deep/two"):
+        store.tag(app, name)
+    shell.rm_r("images/localhost")
+    assert (shell.ls("images"), shell.exists("images/localhost")) == ([app, "default"], False)
+
+
+def test_directory_of_names_is_gone_when_its_last_name_is(shell: TreeShell) -> None:
+    shell.unlink("images/localhost/app:1")
+    assert not shell.exists("images/localhost")
+
+
 def test_rm_of_an_image_is_refused(shell: TreeShell, app: str) -> None:
     with pytest.raises(errors.IsADirectory):
         shell.unlink(f"images/{app}")
