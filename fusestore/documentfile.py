@@ -139,5 +139,11 @@ class DocumentWriter(FileHandle):
 
     def close(self) -> None:
         buffer = self._buffer
-        if buffer != self._committed and not (self._appends and buffer.isspace()):
+        if buffer == self._committed or (self._appends and buffer.isspace()):
+            return
+        try:
+            parse_document(buffer)
+        except errors.BadDocument:
             log.warning("%s: not one whole JSON object was written: the old document stays", self._what)
+        else:
+            log.warning("%s: the edited document was refused: the old document stays", self._what)

@@ -143,7 +143,17 @@ def test_incomplete_at_the_last_close_is_logged(open_: Open, caplog: pytest.LogC
     handle = open_(os.O_TRUNC)
     run(handle.write(0, b"{"))
     handle.close()
-    assert "container a" in caplog.text
+    assert "container a: not one whole JSON object" in caplog.text
+
+
+def test_refused_edit_is_logged_as_such(store: Store, open_: Open, caplog: pytest.LogCaptureFixture) -> None:
+    handle = open_(0)
+    run(handle.write(OLD.index(b"blue"), b"pink"))
+    store.refusal = Busy("in use")
+    with pytest.raises(Busy):
+        run(handle.flush())
+    handle.close()
+    assert "container a: the edited document was refused" in caplog.text
 
 
 def test_committed_close_is_silent(open_: Open, caplog: pytest.LogCaptureFixture) -> None:
