@@ -48,7 +48,19 @@ class Resolved(NamedTuple):
 class Object(Node):
     """A file, directory, link … of a rootfs."""
 
-    __slots__ = ("fd", "format", "in_upper", "is_orphan", "key", "name", "parent", "stack", "version")
+    __slots__ = (
+        "fd",
+        "format",
+        "in_upper",
+        "is_orphan",
+        "key",
+        "name",
+        "other_names",
+        "parent",
+        "stack",
+        "subdirectories",
+        "version",
+    )
 
     def __init__(
         self, branch: "Rootfs", ino: Inode, parent: "Object | None", name: bytes, what: Resolved
@@ -57,6 +69,8 @@ class Object(Node):
         self.parent = parent
         self.name = name
         """Together with `parent` a name that leads here, unless `is_orphan` or the descriptor is pinned."""
+        self.other_names: dict[tuple[Object, bytes], None] | None = None
+        """Of a non-directory with hard links: what else it was met under, and perhaps no longer is."""
         self.key = what.key
         self.format = what.format
         self.stack = what.stack
@@ -66,6 +80,24 @@ class Object(Node):
         self.is_orphan = False
         self.version = 0
         """Of a directory: counts its changes."""
+        self.subdirectories = -1
+        """How many a merged directory has; -1 when they were not counted yet."""
+
+    def settle(self, places: Sequence[tuple["Object", bytes]]) -> None:
+        """The object is known by these names and no others."""
+        self.parent, self.name = places[0] if places else (None, b"")
+        self.other_names = dict.fromkeys(places[1:]) or None
+
+    def meet(self, directory: "Object", name: bytes) -> None:
+        """The object was found as `name`."""
+        if self.parent is directory and self.name == name:
+            return
+        if self.format != stat.S_IFDIR and self.parent is not None:
+            if self.other_names is None:
+                self.other_names = {}
+            self.other_names[self.parent, self.name] = None
+            self.other_names.pop((directory, name), None)
+        self.parent, self.name = directory, name
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -76,6 +108,7 @@ class Descriptors:
     """The objects with an open descriptor that can be opened again, the least recently used first."""
 
     def __init__(self, capacity: int) -> None:
+        """`capacity`: at least 16, of which one operation may use half a dozen at a time."""
         self._capacity = capacity
         self._open: OrderedDict[Object, None] = OrderedDict()
 
@@ -83,7 +116,23 @@ class Descriptors:
         """`thing` has a descriptor and it was just used; the one not used for longest may be closed."""
         self._open[thing] = None
         self._open.move_to_end(thing)
-        if len(self._open) > self._capacity:
+        self._close_oldest()
+
+    def opened(self, chain: Sequence[Object]) -> None:
+        """Each of `chain` was just opened, in the one before it.
+
+        However long it is, the descriptors that the operation under way asked for before stay open.
+        """
+        near = max(1, self._capacity // 8)
+        for thing in chain[-near:]:
+            self._open[thing] = None
+        for thing in chain[:-near]:
+            self._open[thing] = None
+            self._open.move_to_end(thing, last=False)
+        self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        while len(self._open) > self._capacity:
             oldest, _ = self._open.popitem(last=False)
             os.close(oldest.fd)
             oldest.fd = -1
@@ -209,7 +258,6 @@ class Rootfs(Branch):
         self._uses = 0
         self._hold: Closable | None = None
         self._objects: WeakValueDictionary[Ref | int, Object] = WeakValueDictionary()
-        self._subdirectories: dict[Inode, int] = {}
         self.root = RootObject(self, inodes.number(), None, b"", Resolved(-1, (), stat.S_IFDIR))
 
     # Life
@@ -321,8 +369,11 @@ class Rootfs(Branch):
         if thing is None or thing.format != what.format:
             thing = Object(self, self._inodes.number(self._number(what.key)), directory, name, what)
             self._objects[what.key] = thing
-        else:
-            thing.parent, thing.name = directory, name
+            return thing
+        if thing.lookups == 0:
+            # Its number may have become another's while the kernel did not know it.
+            thing.ino = self._inodes.number(self._number(what.key))
+        thing.meet(directory, name)
         return thing
 
     def _number(self, key: Ref | int) -> int | None:
@@ -388,29 +439,33 @@ class Rootfs(Branch):
     def _count_subdirectories(self, directory: Object) -> int:
         if directory.is_orphan:
             return -2
-        count = self._subdirectories.get(directory.ino)
-        if count is None:
-            count = sum(what.format == stat.S_IFDIR for what in self.contents(directory).values())
-            self._subdirectories[directory.ino] = count
-        return count
+        if directory.subdirectories < 0:
+            formats = [what.format for what in self.contents(directory).values()]
+            directory.subdirectories = formats.count(stat.S_IFDIR)
+        return directory.subdirectories
 
     def places(self, thing: Object) -> list[tuple[Object, bytes]]:
-        """Every (directory, name) that leads to a lower non-directory now.
+        """Every (directory, name) that leads to a lower non-directory now, the one it is known by first.
 
-        A hard link in a directory that was renamed since is found only by the name `thing` is known by.
+        A hard link in a directory that was renamed since is found only where `thing` was met under it.
         """
-        ref = thing.stack[0]
-        found = []
-        for path in self._lower.paths(ref):
+        names = self.known_names(thing)
+        for path in self._lower.paths(thing.stack[0]):
             directory = self.walk(os.path.dirname(path))
-            name = os.path.basename(path)
-            if directory is not None and (what := self.resolve(directory, name)) and what.key == ref:
-                found.append((directory, name))
-        if not found and thing.parent is not None:
-            what = self.resolve(thing.parent, thing.name)
-            if what is not None and what.key == ref:
-                found.append((thing.parent, thing.name))
-        return found
+            if directory is not None:
+                names[directory, os.path.basename(path)] = None
+        return [place for place in names if self.leads_to(place, thing)]
+
+    def known_names(self, thing: Object) -> dict[tuple[Object, bytes], None]:
+        """The names `thing` was met under, the last one first. Some may lead elsewhere by now."""
+        names: dict[tuple[Object, bytes], None] = {}
+        if thing.parent is not None:
+            names[thing.parent, thing.name] = None
+        return names | (thing.other_names or {})
+
+    def leads_to(self, place: tuple[Object, bytes], thing: Object) -> bool:
+        what = self.resolve(*place)
+        return what is not None and what.key == thing.key
 
     def walk(self, path: bytes) -> Object | None:
         """The directory at `path` of this tree, no link followed; None when there is none."""
@@ -511,14 +566,17 @@ class Rootfs(Branch):
         if at is None or upper is None:
             raise Stale("the container is gone")
         fd = at.fd
-        for below in reversed(chain):
-            fd = below.fd = upper.open(fd, below.name)
-            self._descriptors.used(below)
+        opened: list[Object] = []
+        try:
+            for below in reversed(chain):
+                fd = below.fd = upper.open(fd, below.name)
+                opened.append(below)
+        finally:
+            self._descriptors.opened(opened)
         return fd
 
     def forgotten(self, node: Node) -> None:
         thing = _object(node)
-        self._subdirectories.pop(thing.ino, None)
         if thing is not self.root:
             self._close_descriptor(thing)
         elif not self.in_use and not any(known.lookups for known in self._objects.values()):

@@ -318,7 +318,7 @@ class Upper:
         os.unlink(name, dir_fd=directory)
 
     def remove_directory(self, directory: int, name: bytes, leave_whiteout: bool) -> None:
-        """Remove a directory in which at most whiteouts are left. They go after it: nothing they hide appears."""
+        """Remove a directory with at most whiteouts in it. They go after it: nothing they hide appears."""
         if leave_whiteout:
             temporary = self._link_whiteout()
             renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)

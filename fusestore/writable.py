@@ -17,7 +17,9 @@ Directories that the copied object lies in keep their times (fs/overlayfs/copy_u
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from .blobs import LayerReader
 from .errors import (
@@ -32,7 +34,7 @@ from .errors import (
     ReadOnly,
 )
 from .inodes import Caller, Changes, FileHandle, Maybe, Node, Steps
-from .nodes import Extent
+from .nodes import WHITEOUT_RDEV, Extent
 from .rootfs import Object, OpenFile, Rootfs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from .upper import Scheme, Upper
@@ -94,6 +96,8 @@ class WritableRootfs(Rootfs):
 
     def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:
         directory = _thing(node)
+        if stat.S_ISCHR(mode) and rdev == WHITEOUT_RDEV:
+            raise NotPermitted("a character device 0:0 would be a whiteout")
         replaces = self._vacant(directory, name)
         uid, gid, mode = self._ownership(directory, mode, caller)
         self._upper.make_node(self.descriptor(directory), name, mode, rdev, uid, gid, replaces)
@@ -115,6 +119,7 @@ class WritableRootfs(Rootfs):
 
     def link(self, node: Node, new_parent: Node, name: bytes) -> Steps[Node]:
         thing, directory = _thing(node), _thing(new_parent)
+        self._vacant(directory, name)  # before anything is copied; and after it again
         yield from self.copy_up(thing)
         if thing.is_orphan:
             raise NotFound("no such file or directory")
@@ -149,8 +154,8 @@ class WritableRootfs(Rootfs):
         The number of subdirectories is kept, for to count them takes a listing.
         """
         directory.version += 1
-        if thing.format == stat.S_IFDIR and directory.ino in self._subdirectories:
-            self._subdirectories[directory.ino] += count
+        if thing.format == stat.S_IFDIR and directory.subdirectories >= 0:
+            directory.subdirectories += count
 
     def _lost(self, directory: Object, thing: Object) -> None:
         self._gained(directory, thing, -1)
@@ -243,23 +248,30 @@ class WritableRootfs(Rootfs):
 
     @contextlib.contextmanager
     def _losing_name(self, thing: Object, directory: Object, name: bytes) -> Iterator[None]:
-        """Around the removal of a name: what the kernel knows keeps a descriptor and loses its place."""
+        """Around the removal of a name: what the kernel knows keeps a descriptor, or has another name."""
         if thing.in_upper and thing.lookups:
             self.descriptor(thing)
         yield
         self._descriptors.discard(thing)
-        if not thing.in_upper:
-            places = [] if thing.format == stat.S_IFDIR else self.places(thing)
-            if places:
-                thing.parent, thing.name = places[0]
-                return
+        if thing.format == stat.S_IFDIR:
             thing.is_orphan = True
-        elif thing.format == stat.S_IFDIR or thing.fd < 0 or os.fstat(thing.fd).st_nlink == 0:
-            thing.is_orphan = True
-        elif thing.parent is directory and thing.name == name:
-            thing.parent, thing.name = None, b""
+        elif thing.in_upper:
+            thing.is_orphan = thing.fd < 0 or os.fstat(thing.fd).st_nlink == 0
+        else:
+            thing.is_orphan = not self.places(thing)
         if thing.is_orphan:
             self._objects.pop(thing.key, None)
+        else:
+            self._keep_names(thing)
+
+    def _keep_names(self, thing: Object) -> None:
+        """Of an object that lost a name. Where no other is known, its descriptor must stay open."""
+        if thing.in_upper:
+            thing.settle([place for place in self.known_names(thing) if self.leads_to(place, thing)])
+            if thing.parent is not None:
+                self._descriptors.used(thing)
+        else:
+            thing.settle(self.places(thing))
 
     # Moving
 
@@ -270,6 +282,8 @@ class WritableRootfs(Rootfs):
         while True:
             source = self.lookup(old, name)
             target = self.child(new, new_name)
+            if source is target and not flags & RENAME_NOREPLACE:
+                return  # rename(2): two hard links of one file
             if flags & RENAME_EXCHANGE:
                 moving = [source, self.lookup(new, new_name)]
             else:
@@ -279,8 +293,6 @@ class WritableRootfs(Rootfs):
             if not lower:
                 break
             yield from self.copy_up(lower[0])
-        if source is target:
-            return  # rename(2): two hard links of one file
         self._copy_up_directory(old)
         self._copy_up_directory(new)
         if target is not None and flags & RENAME_EXCHANGE:
@@ -318,6 +330,7 @@ class WritableRootfs(Rootfs):
         self._prepare_move(source, new, new_name)
         if target is not None and target.in_upper and target.format == stat.S_IFDIR:
             upper.clear_whiteouts(self.descriptor(target))
+            target.stack = ()
         found = upper.find(self.descriptor(new), new_name)
         upper.move(
             self.descriptor(old),
@@ -349,7 +362,10 @@ class WritableRootfs(Rootfs):
     # Copy-up
 
     def copy_up(self, thing: Object, size: int | None = None) -> Steps[None]:
-        """Make `thing` an object of the upper; of a file only the first `size` bytes, if given."""
+        """Make `thing` an object of the upper; of a file only the first `size` bytes, if given.
+
+        What loses bytes by that is modified now.
+        """
         if thing.in_upper:
             return
         if thing.format == stat.S_IFDIR:
@@ -368,7 +384,10 @@ class WritableRootfs(Rootfs):
             yield lambda: _copy_content(reader, extents, length, fd)
             if thing.in_upper:
                 return  # by somebody else, while the content was copied
-            upper.dress_copy(fd, self._lower.attr(stack), self._lower.xattrs(stack))
+            attr = self._lower.attr(stack)
+            if length < whole:
+                attr = replace(attr, mtime_ns=time.time_ns())
+            upper.dress_copy(fd, attr, self._lower.xattrs(stack))
             if thing.is_orphan:
                 thing.fd = upper.reopen(fd, os.O_PATH)
                 thing.in_upper, thing.stack = True, ()
@@ -421,7 +440,8 @@ class WritableRootfs(Rootfs):
         self._objects.pop(thing.key, None)
         thing.key = os.fstat(fd).st_ino
         self._objects[thing.key] = thing
-        thing.in_upper, thing.fd, thing.parent, thing.name = True, fd, directory, name
+        thing.in_upper, thing.fd = True, fd
+        thing.settle(places)
         if thing.format != stat.S_IFDIR:
             thing.stack = ()
         directory.version += 1
