@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-__all__ = ["Entry", "Snapshot", "differences", "snapshot"]
+__all__ = ["TYPES", "Entry", "Snapshot", "differences", "snapshot"]
 
-_TYPES = {
+TYPES = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
     stat.S_IFLNK: "symlink",
@@ -90,7 +90,7 @@ def _entry(directory: int, name: bytes, status: os.stat_result, content: bool) -
     # No *at call reads xattrs; the magic link keeps the walk off full paths.
     reachable = b"/proc/self/fd/%d/%s" % (directory, name)
     return Entry(
-        type=_TYPES[kind],
+        type=TYPES[kind],
         mode=stat.S_IMODE(status.st_mode),
         uid=status.st_uid,
         gid=status.st_gid,

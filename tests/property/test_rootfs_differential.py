@@ -1,0 +1,36 @@
+"""The same calls on a rootfs and in a directory of the file system that lies below it: errors and trees."""
+
+from contextlib import closing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rig.dictmodel import TreeModel, presence
+from rig.layers import Member, layer
+from rig.snapshot import differences
+from rig.treecalls import Area, RealTree, errno_from
+from rig.treestrategies import Call, calls, images, profile
+
+pytestmark = pytest.mark.root
+
+
+@profile(ci=40, long=2000)
+@given(images(), st.lists(calls(), max_size=40), st.integers(0, 40))
+def test_a_rootfs_is_what_a_directory_would_be(
+    image: list[list[Member]], todo: list[Call], when: int
+) -> None:
+    with closing(Area([layer(*members) for members in image])) as area:
+        kernel = area.kernel()
+        real = RealTree.made(area.path / "real", TreeModel(image))
+        with closing(real):
+            for number, (name, arguments) in enumerate(todo):
+                expected = errno_from(getattr(real, name), *arguments)
+                assert (name, arguments, errno_from(getattr(kernel, name), *arguments)) == (
+                    name,
+                    arguments,
+                    expected,
+                )
+                if number == when:
+                    assert not differences(presence(real.snapshot()), presence(kernel.snapshot()))
+            assert not differences(presence(real.snapshot()), presence(kernel.snapshot()))
+        kernel.detach()
