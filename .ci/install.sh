@@ -33,7 +33,7 @@ fi
 # Debian's Python: one in somebody's home could not be run by the plain user of the tests.
 [ -x "$venv/bin/python" ] || /usr/bin/python3 -m venv "$venv"
 if [ "${1-}" = dev ]; then
-    "$venv/bin/pip" install --quiet '.[dev]'
+    "$venv/bin/pip" install -qq '.[dev]'
 else
-    "$venv/bin/pip" install --quiet .
+    "$venv/bin/pip" install -qq .
 fi
