@@ -28,7 +28,7 @@ from .layout import Layout
 from .nodes import Attr, Inode
 from .scratchfile import SCRATCH_FILES_MAX, ScratchFile
 from .store import Store
-from .synthetic import Owner, RootfsBranch, RootfsDriver
+from .synthetic import SHARED_S, Owner, RootfsBranch, RootfsDriver
 
 __all__ = ["DOCUMENT", "PARTS", "ContainerDir", "EmptyDir", "Surroundings"]
 
@@ -99,8 +99,8 @@ class ContainerDir(Node):
         "scratch",
     )
 
-    entry_timeout_s = 0.0
-    attr_timeout_s = 0.0
+    entry_timeout_s = SHARED_S
+    attr_timeout_s = SHARED_S
 
     def __init__(self, branch: Branch, ino: Inode, around: Surroundings, container_id: str) -> None:
         super().__init__(branch, ino)

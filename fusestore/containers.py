@@ -26,6 +26,7 @@ from .names import parse_container_id
 
 __all__ = ["Container", "Containers", "Draft", "Hold"]
 
+_RELEASE_S = 0.1
 _STORED_MAX = 2 * DOCUMENT_MAX
 """Bytes of a stored document, at most: it is limited as shown."""
 
@@ -216,16 +217,26 @@ class Containers:
         """Nobody else holds the container, and it is not started; else Busy."""
         if self._is_mounted(container_id):
             raise Busy(f"container {container_id} is started: stop it before you {what} it")
-        try:
-            fd = lock_directory(self._layout.container(container_id), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"container {container_id} is in use: leave its rootfs before you {what} it") from None
+        fd = self._lock_exclusively(container_id, what)
         if fd is None:
             raise NotFound(f"there is no container {container_id!r}")
         try:
             yield
         finally:
             os.close(fd)
+
+    def _lock_exclusively(self, container_id: str, what: str) -> int | None:
+        """Waits a moment: a mount hears of close(2) only after that has returned (FUSE_RELEASE)."""
+        deadline = time.monotonic() + _RELEASE_S
+        while True:
+            try:
+                return lock_directory(self._layout.container(container_id), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Busy(
+                        f"container {container_id} is in use: leave its rootfs before you {what} it"
+                    ) from None
+            time.sleep(_RELEASE_S / 20)
 
     # Changing
 
@@ -260,8 +271,8 @@ class Containers:
                     self._point_name(draft.name, draft.id)
                 self._workspace.publish((scratch.join("container"), layout.container(draft.id)))
 
-    def delete(self, ref: str) -> None:
-        """Takes the container away, with all that is in it, in one step. Raises NotFound, Busy."""
+    def delete(self, ref: str) -> str:
+        """Takes the container away, with all that is in it, in one step; its id. Raises NotFound, Busy."""
         with self._workspace.lock(), contextlib.ExitStack() as stack:
             container_id = self.resolve(ref)
             stack.enter_context(self._exclusive(container_id, "delete"))
@@ -272,6 +283,7 @@ class Containers:
             for name in names:
                 self._workspace.unlink(self._layout.name(name))
             self._discard_run_locked(container_id)
+        return container_id
 
     def rename(self, old: str, new: str) -> None:
         """`mv containers/<old> containers/<new>`: an id gets another id, a name another name.

@@ -7,6 +7,7 @@ yield the world may change: what was looked at before one is looked at again aft
 Nothing but directories can be made in /containers, nothing but plain files next to a metadata.json (EPERM).
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from .names import parse_container_id
 from .nodes import Attr, Inode
 from .scratchfile import ScratchFile, ScratchHandle
 from .store import Store
-from .synthetic import MANY_LINKS, FixedBranch, Owner, RootfsDriver
+from .synthetic import MANY_LINKS, SHARED_S, FixedBranch, Owner, RootfsDriver
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ContainerTree"]
@@ -36,7 +37,7 @@ class _Root(Node):
 
     __slots__ = ()
 
-    attr_timeout_s = 0.0
+    attr_timeout_s = SHARED_S
 
 
 class _NameLink(Node):
@@ -167,6 +168,13 @@ class ContainerTree(FixedBranch):
         if not isinstance(node, _NameLink):
             raise errors.BadInput("not a symbolic link")
         return node.target
+
+    def heard(self, container_id: str) -> None:
+        """Another process changed this container, or it is gone."""
+        known = self._dirs.get(container_id)
+        if known is not None:
+            with contextlib.suppress(errors.FusestoreError):
+                known.check()
 
     # Listing: one readdir of the store, no document read
 

@@ -20,7 +20,7 @@ from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Steps
 from .names import is_hex_id, parse_image_name
 from .nodes import Attr, Inode
 from .store import Image, Layer, Store
-from .synthetic import MANY_LINKS, BytesHandle, Owner, RootfsBranch, RootfsDriver
+from .synthetic import MANY_LINKS, SHARED_S, BytesHandle, Owner, RootfsBranch, RootfsDriver
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ImageTree"]
@@ -37,7 +37,7 @@ class _NameDir(Node):
     __slots__ = ("prefix",)
 
     entry_timeout_s = 0.0
-    attr_timeout_s = 0.0
+    attr_timeout_s = SHARED_S
 
     def __init__(self, branch: Branch, ino: Inode, prefix: str) -> None:
         super().__init__(branch, ino)
@@ -63,7 +63,7 @@ class _ImageDir(Node):
 
     __slots__ = ("children", "image", "layers", "metadata", "mtime_ns", "rootfs")
 
-    entry_timeout_s = 0.0
+    entry_timeout_s = SHARED_S
 
     def __init__(self, branch: Branch, ino: Inode, image: Image) -> None:
         super().__init__(branch, ino)

@@ -31,6 +31,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         reboot containers/<id>/mounted       exists while the container is started (pinned)
         containers/<id>/rundir/       0700, made when first asked for
         mounts/<unique>               one live mount, flocked by its daemon
+        mounts/<unique>.bell          its socket, where others say what they changed (mounts.Changed)
         mount-<8 hex>.log             of sha256(mount point): what the daemons there had to say
         trash/<unique>                deleted run directories
 

@@ -24,6 +24,7 @@ from .drivers import DRIVERS, UnionDriver
 from .errors import BadInput, Busy, FusestoreError, NotFound
 from .fuse import Filesystem
 from .inodes import Inodes
+from .mounts import BELL_MAX, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
 from .syscalls import umount2
@@ -37,6 +38,7 @@ _SLICE_S = 0.002
 """How long requests may be served in a row before the other tasks have their turn."""
 _PATIENCE_MS = 1
 """How long to block the loop for the next request while no other task could do anything."""
+_HEARING_S = 5.0
 _UNMOUNT_TIMEOUT_S = 60.0
 _LEAVE = "leave it and close its files, then try again"
 
@@ -137,7 +139,7 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
         stack.callback(pyfuse3.close)
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
-        trio.run(_serve, mountpoint, trash, ready)
+        trio.run(_serve, record, tree, trash, ready)
     _log.info("unmounted %s", mountpoint)
 
 
@@ -175,10 +177,11 @@ class _Trash:
             self._wanted = trio.Event()
 
 
-async def _serve(mountpoint: str, trash: _Trash, ready: Callable[[], None]) -> None:
+async def _serve(record: MountRecord, tree: Tree, trash: _Trash, ready: Callable[[], None]) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_unmount_on_signal)
-        nursery.start_soon(_announce, mountpoint, ready)
+        nursery.start_soon(_answer_bell, record, tree)
+        nursery.start_soon(_announce, record.mountpoint, ready)
         nursery.start_soon(trash.run)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
@@ -188,6 +191,36 @@ async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
     await trio.to_thread.run_sync(os.stat, mountpoint)
     _log.info("mounted %s", mountpoint)
     ready()
+
+
+async def _answer_bell(record: MountRecord, tree: Tree) -> None:
+    """Have the kernel forget what other processes say they changed."""
+    assert record.bell is not None, "only the daemon has one"
+    record.bell.setblocking(False)
+    bell = trio.socket.from_stdlib_socket(record.bell)
+    async with trio.open_nursery() as nursery:
+        while True:
+            connection, _ = await bell.accept()
+            nursery.start_soon(_hear, connection, tree)
+
+
+async def _hear(connection: trio.socket.SocketType, tree: Tree) -> None:
+    with connection, trio.move_on_after(_HEARING_S):
+        try:
+            place = tree.heard(Changed.decode(await connection.recv(BELL_MAX)))
+            if place is not None:
+                await trio.to_thread.run_sync(_invalidate, *place)
+            await connection.send(b"!")
+        except (OSError, ValueError) as error:
+            _log.warning("not understood at the bell: %s", error)
+
+
+def _invalidate(directory: int, name: bytes) -> None:
+    """Blocking: the kernel takes locks that a request in progress may hold."""
+    with contextlib.suppress(FileNotFoundError):  # it does not know the name
+        pyfuse3.invalidate_entry(pyfuse3.InodeT(directory), name)
+    with contextlib.suppress(FileNotFoundError):
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(directory), attr_only=True)
 
 
 async def _unmount_on_signal() -> None:

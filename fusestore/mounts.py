@@ -1,39 +1,85 @@
-"""The run directory's account of live mounts, and of the boot it belongs to. Blocking.
+"""The run directory's account of live mounts, what they are told, and the boot it belongs to. Blocking.
 
 A mount is one file that its daemon keeps flocked: whoever can lock it knows that the daemon is gone. The file
 gets its name only after it is locked and written, so that a visible one is always whole and, while its daemon
 lives, locked.
+
+Beside it is a socket, the mount's bell. Kernels keep what a mount told them of a container or an image until
+they are told otherwise; so whoever changes one in the store rings, names it, and waits until every mount has
+its kernel forget. A mount that does not answer is left alone after `_PATIENCE_S`.
 """
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
+import socket
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from .durable import discard
 from .errors import StoreUnusable
 from .layout import RunLayout
 
-__all__ = ["MountRecord", "Mounts", "forget_former_boot", "is_of_this_boot"]
+__all__ = ["BELL_MAX", "Changed", "MountRecord", "Mounts", "forget_former_boot", "is_of_this_boot"]
+
+BELL_MAX = 1 << 12
+"""Bytes of what is said at a bell."""
 
 _RECORD_MAX = 1 << 16
+_BELL = ".bell"
+_PATIENCE_S = 1.0
+
+_log = logging.getLogger("fusestore")
+
+
+class Changed(NamedTuple):
+    """What a mount is told: something in the store is gone, or is another."""
+
+    place: str
+    """"containers" or "images"."""
+    name: str
+    """An id."""
+
+    def encode(self) -> bytes:
+        return json.dumps(self).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Changed":
+        """Raises ValueError for what `encode` did not make."""
+        place, name = json.loads(data)
+        return cls(str(place), str(name))
 
 
 class MountRecord:
     """One mount. `close`, in the daemon, ends it; idempotent."""
 
-    def __init__(self, mountpoint: str, pid: int, driver: str, path: str, fd: int = -1) -> None:
+    def __init__(
+        self,
+        mountpoint: str,
+        pid: int,
+        driver: str,
+        path: str,
+        fd: int = -1,
+        bell: socket.socket | None = None,
+    ) -> None:
         self.mountpoint = mountpoint
         self.pid = pid
         self.driver = driver
+        self.bell = bell
+        """In the daemon: listens; each connection says one `Changed` and waits for one byte."""
         self._path = path
         self._fd = fd
 
     def close(self) -> None:
         if self._fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
+            if self.bell is not None:
+                self.bell.close()
+            for path in (self._path + _BELL, self._path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
             os.close(self._fd)
             self._fd = -1
 
@@ -49,6 +95,8 @@ class Mounts:
 
     def __init__(self, run: RunLayout) -> None:
         self._directory = run.mounts
+        self._own: set[str] = set()
+        """Bells of this process's mounts: what it changes it tells its kernel itself."""
 
     def record(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
         """The lock is of the open file: processes forked from this one share it."""
@@ -63,16 +111,63 @@ class Mounts:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(fd, data)
+            bell = self._hang_bell(name)
             os.rename(temp, path)
         except BaseException:
             os.close(fd)
             raise
-        return MountRecord(mountpoint, pid, driver, path, fd)
+        return MountRecord(mountpoint, pid, driver, path, fd, bell)
+
+    def _hang_bell(self, name: str) -> socket.socket:
+        bell = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with self._short_path() as directory:
+                bell.bind(f"{directory}/{name}{_BELL}")
+            bell.listen()
+        except BaseException:
+            bell.close()
+            raise
+        self._own.add(name + _BELL)
+        return bell
+
+    @contextlib.contextmanager
+    def _short_path(self) -> Iterator[str]:
+        """A path to the directory that leaves room for a name in the 108 bytes of unix(7)."""
+        fd = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield f"/proc/self/fd/{fd}"
+        finally:
+            os.close(fd)
+
+    def announce(self, changed: Changed) -> None:
+        """Tell every mount but this process's own, and wait until it no longer shows what was before."""
+        bells = [name for name in os.listdir(self._directory) if name.endswith(_BELL)]
+        for name in set(bells) - self._own:
+            try:
+                self._ring(name, changed)
+            except (FileNotFoundError, ConnectionError):
+                pass  # its daemon has gone
+            except TimeoutError:
+                _log.warning(
+                    "a mount of this store does not answer: it may show %s for a while", changed.name
+                )
+
+    def _ring(self, name: str, changed: Changed) -> None:
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+            self._short_path() as directory,
+        ):
+            connection.settimeout(_PATIENCE_S)
+            connection.connect(f"{directory}/{name}")
+            connection.send(changed.encode())
+            connection.recv(1)
 
     def live(self) -> list[MountRecord]:
         """Newest last. Removes the files of those that ended without closing theirs."""
         found = []
         for name in os.listdir(self._directory):
+            if name.endswith(_BELL):
+                continue
             path = f"{self._directory}/{name}"
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -88,8 +183,9 @@ class Mounts:
                     found.append((started_ns, name, entry))
             else:
                 if not name.startswith("."):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path)
+                    for left in (path, path + _BELL):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(left)
             finally:
                 os.close(fd)
         return [entry for _, _, entry in sorted(found)]

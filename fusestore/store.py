@@ -44,7 +44,7 @@ from .layout import (
     default_run_dir,
     run_layout,
 )
-from .mounts import MountRecord, Mounts, forget_former_boot, is_of_this_boot
+from .mounts import Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
 from .names import parse_container_id
 from .nodes import Digest
 
@@ -192,24 +192,31 @@ class Store:
 
         Raises BadSource, BadName, LayerRefused, Exists (a name that cannot stand beside another).
         """
-        return self._importer.run(source, names, progress)
+        image = self._importer.run(source, names, progress)
+        self._mounts.announce(Changed("images", image.id))
+        return image
 
     def tag(self, ref: str, name: str, replace: bool = False) -> None:
         """Gives an image another name. Raises NotFound, BadName; Exists if it is taken, unless `replace`."""
         self._images.tag(ref, name, replace_other=replace)
+        self._mounts.announce(Changed("images", name))
 
     def untag(self, name: str) -> None:
         """Takes a name away; the image stays. Raises NotFound."""
         self._images.untag(name)
+        self._mounts.announce(Changed("images", name))
 
     def rename_tag(self, old: str, new: str, replace: bool = False) -> None:
         """Raises NotFound, BadName; Exists if `new` is taken, unless `replace`."""
         self._images.rename_tag(old, new, replace_other=replace)
+        self._mounts.announce(Changed("images", old))
 
     def delete_image(self, ref: str) -> None:
         """Takes an image away, with what only it used. Raises NotFound; Busy while a container uses it."""
         self._leaves_trash = True
-        self._layers.drop(self._images.delete(ref, self._containers.uses_image))
+        image_id = self.image(ref).id
+        self._layers.drop(self._images.delete(image_id, self._containers.uses_image))
+        self._mounts.announce(Changed("images", image_id))
 
     def open_layers(self, image: Image) -> list[Layer]:
         """Bottom first; shared with all others who opened them in this process. Keep them while you read.
@@ -303,6 +310,7 @@ class Store:
 
         draft = Draft(chosen_id, name, bound_name, bound_id, mount_label)
         self._containers.create(draft, confirm_image)
+        self._mounts.announce(Changed("containers", chosen_id))
         return ContainerInfo(
             id=chosen_id,
             dir=Path(self._layout.container(chosen_id)),
@@ -316,11 +324,13 @@ class Store:
         `empty_trash`, or `close`, gives the space back.
         """
         self._leaves_trash = True
-        self._containers.delete(ref)
+        container_id = self._containers.delete(ref)
+        self._mounts.announce(Changed("containers", container_id))
 
     def rename_container(self, old: str, new: str) -> None:
         """An id becomes another id, a name another name. Raises as deleting does, and BadName, Exists."""
         self._containers.rename(old, new)
+        self._mounts.announce(Changed("containers", old))
 
     def set_container_metadata(self, ref: str, document: bytes | dict[str, Any]) -> None:
         """Replaces the metadata document (fusestore.metadata): all of it is done, or nothing.
@@ -335,7 +345,9 @@ class Store:
                 raise BadInput(f"the document cannot be JSON: {error}") from None
         parsed = metadata.parse_document(document)
         with self._workspace.lock():
-            self._containers.apply_locked(self._containers.resolve(ref), parsed, self._image_of)
+            container_id = self._containers.resolve(ref)
+            self._containers.apply_locked(container_id, parsed, self._image_of)
+        self._mounts.announce(Changed("containers", container_id))
 
     def get_container_metadata(self, ref: str) -> dict[str, Any]:
         """The document as metadata.json shows it. Raises NotFound."""
@@ -360,12 +372,15 @@ class Store:
         with self._workspace.lock():
             container_id = self._containers.resolve(ref)
             self._containers.set_mounted_locked(container_id, True)
+        self._mounts.announce(Changed("containers", container_id))
         return Path(mounts[0].mountpoint, "containers", container_id, "rootfs")
 
     def stop_container(self, ref: str) -> None:
         """Releases the container; nothing if it is not started. Raises NotFound."""
         with self._workspace.lock():
-            self._containers.set_mounted_locked(self._containers.resolve(ref), False)
+            container_id = self._containers.resolve(ref)
+            self._containers.set_mounted_locked(container_id, False)
+        self._mounts.announce(Changed("containers", container_id))
 
     def work_dir(self, ref: str) -> Path:
         """A directory, 0700, that lives as long as the container. Raises NotFound."""

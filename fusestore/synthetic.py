@@ -16,6 +16,7 @@ from .nodes import Attr
 
 __all__ = [
     "BLOCK_SIZE",
+    "SHARED_S",
     "BytesHandle",
     "FixedBranch",
     "MANY_LINKS",
@@ -25,6 +26,10 @@ __all__ = [
 ]
 
 BLOCK_SIZE = 512
+SHARED_S = 1.0
+"""How long the kernel may keep what other processes change too. They say when they do (`fusestore.mounts`);
+this bounds what remains if one dies before it has.
+"""
 """The unit of st_blocks, in bytes."""
 
 MANY_LINKS = 1

@@ -34,6 +34,7 @@ from .inodes import (
     Node,
     Steps,
 )
+from .mounts import Changed
 from .names import FILE_NAME_MAX
 from .nodes import Attr
 from .store import Store
@@ -95,6 +96,16 @@ class Tree:
     def absence_timeout_s(self, parent_ino: int) -> float:
         """How long the kernel may believe that a name `lookup` did not find is missing there."""
         return self.inodes.node(parent_ino).branch.absence_timeout_s
+
+    def heard(self, changed: Changed) -> tuple[int, bytes] | None:
+        """Another process changed something in the store: directory and name that the kernel must forget."""
+        name = changed.name.encode()
+        if changed.place == "containers":
+            self._containers.heard(changed.name)
+            return self._containers.root.ino, name
+        if changed.place == "images":
+            return self._images.root.ino, name
+        return None
 
     def forget(self, counts: Iterable[tuple[int, int]]) -> None:
         """`counts`: inode number, and by how much the kernel's count sinks. Unknown ones are no error."""
