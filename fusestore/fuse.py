@@ -135,7 +135,8 @@ class Filesystem(pyfuse3.Operations):
     async def listxattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[pyfuse3.XAttrNameT]:
-        return cast(Sequence[pyfuse3.XAttrNameT], await self._finish(self.tree.listxattr(inode)))
+        names = await self._finish(self.tree.listxattr(inode))
+        return cast(Sequence[pyfuse3.XAttrNameT], names if ctx.uid == 0 else _without_trusted(names))
 
     @_bounded
     async def setxattr(
@@ -302,6 +303,11 @@ _STATVFS_FIELDS = (
     "f_favail",
     "f_namemax",
 )
+
+
+def _without_trusted(names: list[bytes]) -> list[bytes]:
+    """xattr(7): processes without CAP_SYS_ADMIN do not see trusted.*; the kernel lets them read none."""
+    return [name for name in names if not name.startswith(b"trusted.")]
 
 
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:
