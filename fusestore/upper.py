@@ -290,7 +290,7 @@ class Upper:
         home, temporary = (self._scratch, self._temporary()) if replaces else (directory, name)
         os.link(_proc(fd), temporary, dst_dir_fd=home, follow_symlinks=True)
         if replaces:
-            renameat2(home, temporary, directory, name)
+            self._place(temporary, directory, name, replaces)
 
     def _settle(
         self,
@@ -342,7 +342,15 @@ class Upper:
     def put_whiteout(self, directory: int, name: bytes, replaces: bool) -> None:
         """Hide a lower name; `replaces` an upper non-directory of that name in the same step."""
         temporary = self._link_whiteout()
-        renameat2(self._scratch, temporary, directory, name, 0 if replaces else RENAME_NOREPLACE)
+        self._place(temporary, directory, name, replaces)
+
+    def _place(self, temporary: bytes, directory: int, name: bytes, replaces: bool) -> None:
+        """Rename a non-directory out of the scratch directory, or unlink it there."""
+        try:
+            renameat2(self._scratch, temporary, directory, name, 0 if replaces else RENAME_NOREPLACE)
+        except BaseException:
+            os.unlink(temporary, dir_fd=self._scratch)
+            raise
 
     def _link_whiteout(self) -> bytes:
         """A whiteout in the scratch directory. All are links of one inode, as the kernel's are."""
