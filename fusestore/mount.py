@@ -40,6 +40,7 @@ _PATIENCE_MS = 1
 """How long to block the loop for the next request while no other task could do anything."""
 _HEARING_S = 5.0
 _UNMOUNT_TIMEOUT_S = 60.0
+_EXIT_TIMEOUT_S = 5.0
 _LEAVE = "leave it and close its files, then try again"
 
 
@@ -237,8 +238,26 @@ def unmount(store: Store, mountpoint: str) -> None:
     Raises NotFound where nothing of this store is mounted, Busy while something in it is in use.
     """
     real = os.path.realpath(mountpoint)
-    if all(record.mountpoint != real for record in store.mounts()):
+    pids = [record.pid for record in store.mounts() if record.mountpoint == real]
+    if not pids:
         raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
+    with contextlib.ExitStack() as stack:
+        processes = []
+        with contextlib.suppress(ProcessLookupError):
+            processes = [os.pidfd_open(pid) for pid in pids]
+        for process in processes:
+            stack.callback(os.close, process)
+        _unmount(mountpoint, real)
+        deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
+        while any(record.mountpoint == real for record in store.mounts()):
+            if time.monotonic() > deadline:
+                raise Busy(f"{mountpoint} is unmounted but its process still runs: see its log")
+            time.sleep(0.01)
+        # What `run` was called by ends now, unless it has other things to do.
+        select.select(processes, [], [], _EXIT_TIMEOUT_S)
+
+
+def _unmount(mountpoint: str, real: str) -> None:
     if os.geteuid() == 0:
         try:
             umount2(os.fsencode(real))
@@ -248,8 +267,3 @@ def unmount(store: Store, mountpoint: str) -> None:
         done = subprocess.run(["fusermount3", "-u", real], capture_output=True, text=True, check=False)
         if done.returncode:
             raise Busy(f"{mountpoint}: {done.stderr.strip()}: {_LEAVE}")
-    deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
-    while any(record.mountpoint == real for record in store.mounts()):
-        if time.monotonic() > deadline:
-            raise Busy(f"{mountpoint} is unmounted but its process still runs: see its log")
-        time.sleep(0.01)
