@@ -166,7 +166,7 @@ class _ContainerOpener:
             attr = lower.attr(lower.root) if lower.root else _own_root()
             xattrs = lower.xattrs(lower.root) if lower.root else ()
             with contextlib.suppress(FileExistsError):  # by another process, just now
-                self._driver.upper(directory).copy_directory(directory, name, attr, xattrs)
+                return self._driver.upper(directory).copy_directory(directory, name, attr, xattrs)
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
 
     def _layers(self) -> tuple[Lower, list[LayerReader]]:

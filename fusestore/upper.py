@@ -413,21 +413,31 @@ class Upper:
                 os.setxattr(_proc(fd), stored, value)
         os.utime(_proc(fd), ns=(attr.atime_ns, attr.mtime_ns))
 
-    def publish(self, staged: bytes, directory: int, name: bytes) -> None:
-        """The staged object appears as `name`, which no entry of the upper has."""
-        renameat2(self._scratch, staged, directory, name, RENAME_NOREPLACE)
+    def publish(self, staged: bytes, directory: int, name: bytes) -> int:
+        """The staged object appears as `name`, which no entry of the upper has.
 
-    def copy_directory(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs) -> None:
+        This and the copies below give an O_PATH descriptor, the caller's to close. It is opened first: when
+        there is no descriptor to be had, nothing has appeared.
+        """
+        fd = self.open(self._scratch, staged)
+        try:
+            renameat2(self._scratch, staged, directory, name, RENAME_NOREPLACE)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def copy_directory(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs) -> int:
         """An upper part for a lower directory."""
-        self._copy(directory, name, attr, xattrs, None)
+        return self._copy(directory, name, attr, xattrs, None)
 
     def copy_special(
         self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None
-    ) -> None:
+    ) -> int:
         """A copy of a lower symbolic link (to `target`), device, FIFO or socket."""
-        self._copy(directory, name, attr, xattrs, target)
+        return self._copy(directory, name, attr, xattrs, target)
 
-    def _copy(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None) -> None:
+    def _copy(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None) -> int:
         staged = self._temporary()
         if target is not None:
             os.symlink(target, staged, dir_fd=self._scratch)
@@ -438,7 +448,7 @@ class Upper:
         try:
             with self._opened(self._scratch, staged) as fd:
                 self.dress_copy(fd, attr, xattrs)
-            self.publish(staged, directory, name)
+            return self.publish(staged, directory, name)
         except BaseException:
             (os.rmdir if stat.S_ISDIR(attr.mode) else os.unlink)(staged, dir_fd=self._scratch)
             raise

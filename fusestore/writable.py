@@ -429,14 +429,13 @@ class WritableRootfs(Rootfs):
         )
 
     def _enter_upper(
-        self, thing: Object, places: list[tuple[Object, bytes]], put: Callable[[int, bytes], None]
+        self, thing: Object, places: list[tuple[Object, bytes]], put: Callable[[int, bytes], int]
     ) -> None:
         """`put` the copy at the first of the places, link it at the others; from then on `thing` is there."""
         directory, name = places[0]
         self._copy_up_directory(directory)
         with self._times_kept(directory) as at:
-            put(at, name)
-            fd = self._upper.open(at, name)
+            fd = put(at, name)
         self._objects.pop(thing.key, None)
         thing.key = os.fstat(fd).st_ino
         self._objects[thing.key] = thing
@@ -457,8 +456,10 @@ class WritableRootfs(Rootfs):
         """Around a copy-up into a directory, whose times it does not change; its descriptor."""
         fd = self.descriptor(directory)
         before = os.fstat(fd)
-        yield fd
-        self._upper.utimens(fd, before.st_atime_ns, before.st_mtime_ns)
+        try:
+            yield fd
+        finally:
+            self._upper.utimens(fd, before.st_atime_ns, before.st_mtime_ns)
 
     def fsync_dir(self, node: Node) -> Steps[None]:
         thing = _thing(node)

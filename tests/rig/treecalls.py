@@ -69,7 +69,8 @@ class Area:
         lower = Lower([layer.index for layer in layers])
         if lower.root:
             home = Upper(self._home, self._scratch, scheme)
-            home.copy_directory(self._home, b"diff", lower.attr(lower.root), lower.xattrs(lower.root))
+            attr, xattrs = lower.attr(lower.root), lower.xattrs(lower.root)
+            os.close(home.copy_directory(self._home, b"diff", attr, xattrs))
         else:
             self.diff.mkdir()
 

@@ -448,7 +448,7 @@ def test_a_staged_copy_appears_whole(place: Place) -> None:
     os.write(fd, b"content")
     place.upper.dress_copy(fd, _LOWER, ((b"user.k", b"v"),))
     os.close(fd)
-    place.upper.publish(staged, place.root, b"a")
+    os.close(place.upper.publish(staged, place.root, b"a"))
     attr = place.attr(b"a")
     assert (attr.mode, attr.uid, attr.gid, attr.mtime_ns) == (stat.S_IFREG | 0o640, 7, 8, 2222)
     assert place.upper.xattrs(place.fd(b"a")) == ((b"user.k", b"v"),)
