@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 from pathlib import Path
 
@@ -136,6 +137,22 @@ def test_a_killed_daemon_loses_nothing_that_was_synced(fresh: Mount) -> None:
     assert fresh.fusestore("check").ok() == ""
     fresh.mount()
     assert fresh.sh("cat containers/a/rootfs/x").ok() == "kept\n"
+
+
+@as_user
+def test_a_closed_fuse_device_is_explained(unmounted: Mount) -> None:
+    device, person = unmounted.base.parent / "closed-fuse", unmounted.person
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
+    # In a mount namespace of its own: for this command alone the device is closed.
+    command = ["setpriv", f"--reuid={person.uid}", f"--regid={person.gid}", "--clear-groups"]
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", 'mount --bind "$0" /dev/fuse && exec "$@"', device]
+        + [*command, "fusestore", "mount", unmounted.mountpoint],
+        env=person.environment(**unmounted.environment), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    device.unlink()
+    assert done.returncode == 1
+    _says(done.stderr, "chmod 0666 /dev/fuse")
 
 
 @as_user

@@ -189,6 +189,14 @@ def test_the_capabilities_of_the_image_are_seen(mounted: Mount, debian: str) -> 
 
 
 @as_root
+def test_device_nodes_open_for_root(mounted: Mount, container: str) -> None:
+    # Nobody but root gets into this mount: nodev would protect from nothing, and builds need /dev/null.
+    assert (
+        _in_rootfs(mounted, container, "mknod dev/null c 1 3; echo x > dev/null; wc -c < dev/null") == "0\n"
+    )
+
+
+@as_root
 def test_writing_takes_setuid_and_capabilities_away_from_others(mounted: Mount, debian: str) -> None:
     shown = _in_rootfs(mounted, debian, "echo x >> upper/capable; /sbin/getcap upper/capable")
     assert shown == ""
