@@ -144,12 +144,16 @@ def test_a_closed_fuse_device_is_explained(unmounted: Mount) -> None:
     device, person = unmounted.base.parent / "closed-fuse", unmounted.person
     os.mknod(device, 0o600 | stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
     # In a mount namespace of its own: for this command alone the device is closed.
-    command = ["setpriv", f"--reuid={person.uid}", f"--regid={person.gid}", "--clear-groups"]
+    namespace = ["unshare", "--mount", "bash", "-c", 'mount --bind "$0" /dev/fuse && exec "$@"', str(device)]
+    become = ["setpriv", f"--reuid={person.uid}", f"--regid={person.gid}", "--clear-groups"]
     done = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", 'mount --bind "$0" /dev/fuse && exec "$@"', device]
-        + [*command, "fusestore", "mount", unmounted.mountpoint],
-        env=person.environment(**unmounted.environment), capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [*namespace, *become, "fusestore", "mount", str(unmounted.mountpoint)],
+        env=person.environment(**unmounted.environment),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     device.unlink()
     assert done.returncode == 1
     _says(done.stderr, "chmod 0666 /dev/fuse")

@@ -1,4 +1,4 @@
-"""What is missing or damaged in the store, seen from a mount: EIO, a line in the log, and the mount goes on."""
+"""What is missing or damaged in the store, on a real mount: EIO, a line in the log, and the rest goes on."""
 
 import errno
 import json
