@@ -202,7 +202,14 @@ class OpenFile(FileHandle):
         return data
 
     def write(self, offset: int, data: bytes) -> int:
-        return os.pwrite(self._fd, data, offset)
+        """Leaves mtime: with the writeback cache the kernel says what it is, by setattr (fuse-io.rst).
+
+        It may say nothing, for a file younger than its clock's tick: then that time stays.
+        """
+        before = os.fstat(self._fd)
+        written = os.pwrite(self._fd, data, offset)
+        os.utime(self._fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return written
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
