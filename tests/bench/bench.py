@@ -1,8 +1,8 @@
 """How fast, and how large, beside the peers: ``python tests/bench/bench.py`` prints a table of ratios.
 
 Every work is done by fusestore and by its peer in the same run, alternating, ROUNDS times; a ratio is median
-by median, below 1 is for fusestore. Absolute times depend on the machine and mean little. Needs root, the images
-of the tests (`rig.images`) and fuse-overlayfs. Cold: caches dropped and everything mounted anew before it.
+by median, below 1 is for fusestore. Absolute times depend on the machine and mean little. Needs root, the
+images of the tests (`rig.images`) and fuse-overlayfs. Cold: caches dropped and all mounted anew before it.
 
 The peers work on the image as umoci unpacked it: what unpacking costs is a row of its own.
 """
