@@ -11,6 +11,12 @@ Taking in (`ingest`, `derive`) is one pass over the blob, whatever its compressi
 Its time is that of the decoder and the hashes, which release the GIL: run one thread a layer. It keeps
 nothing but what it returns, and any input ends in `Ingested` or in LayerRefused.
 
+A blob may lack the zeros at the end of the tar whose diff_id the config has: skopeo 1.9.3 (Debian 12), writing
+zstd:chunked, drops what follows the two end blocks, and so does all that was built with containers/storage
+from before its pull request 1772. Where zeros up to the end of the tar's record make the diff_id come true
+(`_missing_padding`), the padded tar is the layer: scanner, size and table, in which the zeros are a run of
+their own (seek.py), know no other. Where none do, the blob is refused.
+
 Reading is a `LayerReader`: of a plain tar `_PlainReader`, of a compressed one `_SpanReader` over a
 `SeekTable` (where decoding can begin), a `SpanFile` (what was decoded before) and the blob. Blob, table and
 cache file are kept open: a reader goes on working when their names are removed. Every decoded span is
@@ -25,7 +31,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from .errors import LayerRefused, StoreDamaged
 from .layer import LayerBuilder
@@ -35,9 +41,15 @@ from .spancache import SpanCache, SpanFile
 from .streams import HEAD, Decoder, GzipDecoder, PlainDecoder, RunDecoder, ZstdDecoder, detect
 from .tar import TarLimits, TarScanner
 
+if TYPE_CHECKING:
+    from _hashlib import HASH
+
 __all__ = ["Ingested", "LayerReader", "Source", "derive", "ingest", "open_reader"]
 
 _READ: Final = 128 << 10
+_BLOCK: Final = 512
+_RECORD: Final = 20 * _BLOCK
+"""What tar(1) pads a tar to a multiple of, unless told otherwise (-b)."""
 
 _RUN_LOCKS: Final = 16
 """The runs of a layer share this many locks, so a run may wait for another that it has nothing to do with."""
@@ -59,6 +71,7 @@ class Ingested:
     diff_id: Digest
     """The digest of the uncompressed tar (OCI image-spec, config.md, rootfs.diff_ids)."""
     tar_size: int
+    """Bytes of that tar: more than the blob decompresses to, where it leaves out the padding."""
     index: bytes
     """The file `fusestore.layer.LayerIndex` reads."""
     seek: bytes | None
@@ -77,6 +90,8 @@ def ingest(
 ) -> Ingested:
     """Read a layer blob to its end. `sink` gets all of its bytes, `progress` the length of each piece read.
 
+    Only with `expected_diff_id` can it be seen that the tar lacks its padding, and then it is added.
+
     Raises LayerRefused when the blob is no layer, breaks a limit, or has another digest than expected; what
     `sink` wrote until then is the caller's to remove.
     """
@@ -84,6 +99,12 @@ def ingest(
     blob_hash, tar_hash = sha256(), sha256()
     spans, scanner, builder = SpanCutter(), TarScanner(limits), LayerBuilder()
     blob_size = 0
+
+    def take(piece: bytes | memoryview) -> None:
+        spans.write(piece)
+        tar_hash.update(piece)
+        for entry in scanner.feed(piece):
+            builder.add(entry)
 
     def read() -> bytes:
         nonlocal blob_size
@@ -105,12 +126,15 @@ def ingest(
     data = head
     while data:
         for piece in decoder.feed(data):
-            spans.write(piece)
-            tar_hash.update(piece)
-            for entry in scanner.feed(piece):
-                builder.add(entry)
+            take(piece)
         data = read()
     decoder.close()
+    # Not of a plain tar: that is its own diff_id, and has no table to say that zeros follow it.
+    if expected_diff_id is not None and compression != "none":
+        padding = _missing_padding(tar_hash, spans.tar_size, expected_diff_id)
+        if padding:
+            spans.restart(blob_size, 0, b"")
+            take(bytes(padding))
     scanner.close()
     blob = Digest("sha256:" + blob_hash.hexdigest())
     diff_id = Digest("sha256:" + tar_hash.hexdigest())
@@ -156,6 +180,20 @@ def _decoder(compression: Compression, spans: SpanCutter) -> Decoder:
     if compression == "zstd":
         return ZstdDecoder(spans)
     return PlainDecoder()
+
+
+def _missing_padding(tar_hash: "HASH", tar_size: int, diff_id: Digest) -> int:
+    """How many zeros make a tar the one of `diff_id`; 0 where it is that already, or no padding makes it so.
+
+    Tried are whole blocks, to the end of the record in which two end blocks end: they may be missing too.
+    """
+    padded = tar_hash.copy()
+    record_end = -(-(tar_size + 2 * _BLOCK) // _RECORD) * _RECORD
+    for size in range(tar_size, record_end + 1, _BLOCK):
+        if f"sha256:{padded.hexdigest()}" == diff_id:
+            return size - tar_size
+        padded.update(bytes(_BLOCK))
+    return 0
 
 
 def _compare(what: str, found: Digest, expected: Digest | None) -> None:

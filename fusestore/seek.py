@@ -9,7 +9,8 @@ restart before it. The spans from one restart up to the next are a *run*::
            run 0       run 1       run 2: spans 2 and 3      run 4
 
 One table serves all formats: gzip restarts at the ends of deflate blocks (with the 32 KiB before them, the
-window), zstd at the starts of frames, and a stream that offers none of these has one run.
+window), zstd at the starts of frames, and a stream that offers none of these has one run. A run whose restart
+is at the end of the blob is zeros: padding of the tar that the blob leaves out (blobs.py).
 
 The file, version 1, little endian::
 

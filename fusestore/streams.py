@@ -14,13 +14,15 @@ and the `SpanCutter` wants it, the decoder says so. Any input ends well or in La
   Inside a frame there is no way in.
 
 From a restart, gzip needs only a raw deflate decoder with a dictionary; restarts are at any bit, so the bits
-before it in its byte are overwritten by empty deflate blocks of fitting length (`_aligned`).
+before it in its byte are overwritten by empty deflate blocks of fitting length (`_aligned`). From a restart
+at the end of the blob on, there are zeros (seek.py).
 """
 
 import ctypes as ct
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import repeat
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, cast
 
 import zlib_ng.zlib_ng
@@ -52,6 +54,7 @@ ZSTD_WINDOW_MAX: Final = 128 << 20
 _IsalError = cast(type[Exception], isal_zlib.error)
 _READ = 64 << 10
 _PIECE = 256 << 10
+_ZEROS = bytes(4096)
 
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"
@@ -517,7 +520,12 @@ class RunDecoder:
     def __init__(self, table: SeekTable, run: int, read_at: ReadAt) -> None:
         """`run`: the span with the restart. Raises StoreDamaged when the table's window is damaged."""
         self._table = table
-        self._pieces = _decode_from(table.compression, read_at, table.restart(run))
+        restart = table.restart(run)
+        self._pieces: Iterator[bytes | memoryview]
+        if restart.in_offset == table.blob_size:
+            self._pieces = repeat(_ZEROS)
+        else:
+            self._pieces = _decode_from(table.compression, read_at, restart)
         self._left_over: bytes | memoryview = b""
         self.next_span = run
 

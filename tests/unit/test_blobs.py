@@ -348,6 +348,99 @@ def test_close_gives_every_descriptor_back(layer, name):
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+# A blob that leaves out the end of its tar.
+
+END = len(TAR.rstrip(b"\0")) + -len(TAR.rstrip(b"\0")) % 512
+"""Of the last member with its padding."""
+LEFT = {"two end blocks": END + 1024, "one end block": END + 512, "no end block": END}
+
+
+def unpadded(place: Path, left: int, compress=COMPRESSORS["zstd small frames"]) -> Layer:
+    """A blob with the first `left` bytes of TAR, whose diff_id is that of TAR."""
+    blob = compress(TAR[:left])
+    result = ingest(io.BytesIO(blob), expected_diff_id=sha256(TAR))
+    (place / "blob").write_bytes(blob)
+    (place / "seek").write_bytes(result.seek)
+    return Layer(place, blob, result)
+
+
+def test_the_tar_ends_with_its_record():
+    assert len(TAR) % 10_240 == 0
+    assert not any(TAR[END:])
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_the_padded_tar_is_the_layer(left):
+    whole = ingest(io.BytesIO(COMPRESSORS["zstd"](TAR)))
+    found = ingest(io.BytesIO(COMPRESSORS["zstd"](TAR[:left])), expected_diff_id=sha256(TAR))
+    assert (found.diff_id, found.tar_size, found.index) == (whole.diff_id, whole.tar_size, whole.index)
+
+
+@pytest.mark.parametrize("name", SEEKABLE)
+@pytest.mark.parametrize("capacity", [0, LARGE])
+def test_what_a_blob_leaves_out_is_read_as_zeros(tmp_path, name, capacity):
+    left = LEFT["two end blocks"]
+    reader = unpadded(tmp_path, left, COMPRESSORS[name]).open(SpanCache(capacity))
+    assert reader.size == len(TAR)
+    for offset in (left, len(TAR) - 1, left - 1, left + 511, 0):
+        assert reader.read(offset, len(TAR)) == TAR[offset:]
+    reader.close()
+
+
+def test_zeros_left_out_need_no_blob(tmp_path):
+    one = unpadded(tmp_path, LEFT["two end blocks"])
+    os.truncate(one.path, 0)
+    reader = one.open(SpanCache(0))
+    assert reader.read(LEFT["two end blocks"], len(TAR)) == TAR[LEFT["two end blocks"] :]
+    with pytest.raises(StoreDamaged):
+        reader.read(LEFT["two end blocks"] - 1, 2)
+    reader.close()
+
+
+def test_derive_pads_as_ingest_does(tmp_path):
+    one = unpadded(tmp_path, LEFT["two end blocks"])
+    assert derive(str(one.path), blob=sha256(one.blob), diff_id=sha256(TAR)) == one.ingested
+
+
+def test_an_empty_tar_may_lack_all_of_it():
+    blob = COMPRESSORS["zstd"](b"")
+    result = ingest(io.BytesIO(blob), expected_diff_id=sha256(bytes(10_240)))
+    assert result.tar_size == 10_240
+    assert result.index == ingest(io.BytesIO(bytes(10_240))).index
+
+
+def test_the_end_blocks_may_have_a_record_of_their_own():
+    tar = _tar({"file": bytes(10_240 - 512)})
+    assert len(tar) == 20_480
+    blob = COMPRESSORS["zstd"](tar[:10_240])
+    assert ingest(io.BytesIO(blob), expected_diff_id=sha256(tar)).tar_size == 20_480
+
+
+def test_a_tar_without_padding_gets_none():
+    tar = TAR[: LEFT["two end blocks"]]
+    found = ingest(io.BytesIO(COMPRESSORS["zstd"](tar)), expected_diff_id=sha256(tar))
+    assert found == ingest(io.BytesIO(COMPRESSORS["zstd"](tar)))
+
+
+NOT_PADDING = {
+    "a record more": TAR + bytes(10_240),
+    "a part of a block": TAR[: LEFT["two end blocks"] + 511],
+    "something else than zeros": TAR[:-1] + b"\1",
+}
+
+
+@pytest.mark.parametrize("name", NOT_PADDING)
+def test_what_padding_does_not_explain_is_refused(name):
+    unpadded_tar = TAR[: LEFT["two end blocks"]]
+    with pytest.raises(LayerRefused, match=f"has digest {sha256(unpadded_tar)}, not"):
+        ingest(io.BytesIO(COMPRESSORS["zstd"](unpadded_tar)), expected_diff_id=sha256(NOT_PADDING[name]))
+
+
+def test_a_plain_tar_is_its_own_diff_id():
+    with pytest.raises(LayerRefused, match=r"uncompressed layer \(diff_id\) has digest"):
+        ingest(io.BytesIO(TAR[: LEFT["two end blocks"]]), expected_diff_id=sha256(TAR))
+
+
 # Threads.
 
 

@@ -69,8 +69,13 @@ def test_what_is_imported(tmp_path: Path, store: Store) -> None:
 
 @pytest.mark.parametrize(
     "compress",
-    [lambda tar: tar, lambda tar: gzip.compress(tar, mtime=0), zstandard.compress],
-    ids=["plain", "gzip", "zstd"],
+    [
+        lambda tar: tar,
+        lambda tar: gzip.compress(tar, mtime=0),
+        zstandard.compress,
+        lambda tar: zstandard.compress(tar[:-512]),
+    ],
+    ids=["plain", "gzip", "zstd", "zstd without the last of the padding"],
 )
 def test_layers_read_as_their_tar(tmp_path: Path, store: Store, compress: Callable[[bytes], bytes]) -> None:
     maker = SourceMaker()
