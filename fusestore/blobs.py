@@ -11,11 +11,11 @@ Taking in (`ingest`, `derive`) is one pass over the blob, whatever its compressi
 Its time is that of the decoder and the hashes, which release the GIL: run one thread a layer. It keeps
 nothing but what it returns, and any input ends in `Ingested` or in LayerRefused.
 
-A blob may lack the zeros at the end of the tar whose diff_id the config has: skopeo 1.9.3 (Debian 12), writing
-zstd:chunked, drops what follows the two end blocks, and so does all that was built with containers/storage
-from before its pull request 1772. Where zeros up to the end of the tar's record make the diff_id come true
-(`_missing_padding`), the padded tar is the layer: scanner, size and table, in which the zeros are a run of
-their own (seek.py), know no other. Where none do, the blob is refused.
+A blob may lack the zeros at the end of the tar whose diff_id the config has: skopeo 1.9.3 (Debian 12) drops
+what follows the two end blocks when it writes zstd:chunked, and so does all that was built with
+containers/storage from before its pull request 1772. Where zeros up to the end of the tar's record make the
+diff_id come true (`_missing_padding`), the padded tar is the layer: scanner, size and table, in which the
+zeros are a run of their own (seek.py), know no other. Where none do, the blob is refused.
 
 Reading is a `LayerReader`: of a plain tar `_PlainReader`, of a compressed one `_SpanReader` over a
 `SeekTable` (where decoding can begin), a `SpanFile` (what was decoded before) and the blob. Blob, table and
