@@ -178,7 +178,10 @@ class Lower:
         for ref in stack:
             if not self.layers[ref.layer].is_implicit(ref.ino):
                 return ref
-        below = self._below(stack[-1])
+        last = stack[-1]
+        if not self.layers[last.layer].is_opaque(last.ino):
+            return stack[0]
+        below = self._below(last)
         return self._speaker(below) if self.is_directory(below) else stack[0]
 
     def _below(self, last: Ref) -> Stack:
