@@ -18,7 +18,7 @@ from rig.layers import Member, layer, unpack_layer
 from rig.requirements import need
 from rig.snapshot import Snapshot, differences
 from rig.treecalls import Area, FakeKernel, RealTree, errno_from
-from rig.treestrategies import Call, calls, images, profile
+from rig.treestrategies import Call, aimed, calls, images, profile
 
 pytestmark = pytest.mark.root
 
@@ -80,7 +80,8 @@ def test_a_container_changes_hands(image: list[list[Member]], turns: list[tuple[
         _unpack(area, image)
         for is_kernels, todo in turns:
             with (_overlay if is_kernels else _union)(area) as tree:
-                for name, arguments in todo:
+                for call in todo:
+                    name, arguments = aimed(call, model)
                     expected = errno_from(getattr(model, name), *arguments)
                     assert (name, arguments, errno_from(getattr(tree, name), *arguments)) == (
                         name,

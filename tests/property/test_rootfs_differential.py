@@ -9,7 +9,7 @@ from rig.dictmodel import TreeModel, presence
 from rig.layers import Member, layer
 from rig.snapshot import differences
 from rig.treecalls import Area, RealTree, errno_from
-from rig.treestrategies import Call, calls, images, profile
+from rig.treestrategies import Call, aimed, calls, images, profile
 
 pytestmark = pytest.mark.root
 
@@ -19,18 +19,16 @@ pytestmark = pytest.mark.root
 def test_a_rootfs_is_what_a_directory_would_be(
     image: list[list[Member]], todo: list[Call], when: int
 ) -> None:
+    model = TreeModel(image)
     with closing(Area([layer(*members) for members in image])) as area:
         kernel = area.kernel()
-        real = RealTree.made(area.path / "real", TreeModel(image))
-        with closing(real):
-            for number, (name, arguments) in enumerate(todo):
+        with closing(RealTree.made(area.path / "real", model)) as real:
+            for number, call in enumerate(todo):
+                name, arguments = aimed(call, model)
+                errno_from(getattr(model, name), *arguments)
                 expected = errno_from(getattr(real, name), *arguments)
-                assert (name, arguments, errno_from(getattr(kernel, name), *arguments)) == (
-                    name,
-                    arguments,
-                    expected,
-                )
-                if number == when:
+                found = errno_from(getattr(kernel, name), *arguments)
+                assert (name, arguments, found) == (name, arguments, expected)
+                if number in (when, len(todo) - 1):
                     assert not differences(presence(real.snapshot()), presence(kernel.snapshot()))
-            assert not differences(presence(real.snapshot()), presence(kernel.snapshot()))
         kernel.detach()

@@ -4,11 +4,12 @@ After every few calls the whole tree is compared: names, types, modes, owners, l
 targets, xattrs, times, and which names are one file. `rig.treecalls.FakeKernel` checks on the way that what
 the kernel knows keeps its node and number, and that lookup and listing agree.
 
-A hard link in a directory that was renamed may lose its file on copy-up unless the kernel knows it (design of
-the union): so once a directory moved, the tree is looked at whenever the kernel has forgotten it.
+A hard link of a lower file in a directory that was renamed is found only once it was looked up (see
+`Rootfs.places`): so when something has moved, the tree is walked whenever the kernel has forgotten it.
 """
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -22,17 +23,19 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from rig.dictmodel import TreeModel, settled
+from rig.dictmodel import Thing, TreeModel, settled
 from rig.layers import Member, layer
 from rig.snapshot import Snapshot, differences
 from rig.treecalls import CALLER, Area, FakeKernel, errno_from
-from rig.treestrategies import Call, calls, contents, images, modes, paths, profile
+from rig.treestrategies import Call, aimed, calls, contents, images, modes, paths, profile
 
 from fusestore.inodes import Changes
 from fusestore.upper import Scheme
 
 _SLOTS = st.integers(0, 3)
 _OFFSETS = st.sampled_from((0, 3, 6000))
+Start = tuple[bytes, int | None, int]
+_STARTS = st.tuples(paths, st.sampled_from((None, 0, 3)), modes)
 _UNOWNED = frozenset(("symlink", "fifo", "socket"))
 
 
@@ -81,16 +84,23 @@ class RootfsMachine(RuleBasedStateMachine):
         assert errno.errorcode.get(got, got) == errno.errorcode.get(expected, expected)
         return got
 
+    def meet(self) -> None:
+        """Have the kernel know all names, where names it does not know may be missed."""
+        if self.moved:
+            self.kernel.snapshot()
+
     # Calls
 
     def _call(self, call: Call) -> None:
-        name, arguments = call
+        name, arguments = aimed(call, self.model)
         is_move = name == "rename"
         self.moved |= not self.both(name, *arguments) and is_move
 
-    @rule(call=calls(), looks=st.booleans())
-    def call(self, call: Call, looks: bool) -> None:
+    @rule(call=calls(), looks=st.booleans(), exhausts=st.booleans())
+    def call(self, call: Call, looks: bool, exhausts: bool) -> None:
         self._call(call)
+        if exhausts:
+            self.kernel.exhaust()
         if looks:
             self.look()
 
@@ -130,41 +140,54 @@ class RootfsMachine(RuleBasedStateMachine):
 
     # Two at once
 
-    @rule(path=paths, size=st.sampled_from((None, 0, 3)), mode=modes, meanwhile=calls(), early=st.booleans())
-    def overlap(self, path: bytes, size: int | None, mode: int, meanwhile: Call, early: bool) -> None:
-        """setattr, and while it copies a file, before or after the copying itself, another call."""
+    @rule(first=_STARTS, second=_STARTS, meanwhile=calls(), order=st.permutations((0, 1, 2)))
+    def overlap(self, first: Start, second: Start, meanwhile: Call, order: list[int]) -> None:
+        """Two changes that copy a file up, with the copying and a third call in any order."""
+        going = [step for start in (first, second) if (step := self._begin(*start))]
+        for number in order:
+            if number == 2:
+                self._call(meanwhile)
+            elif number < len(going):
+                going[number]()
+        self.look()
+
+    def _begin(self, path: bytes, size: int | None, mode: int) -> Callable[[], None] | None:
+        """Start a setattr; what goes on with it, where it has to wait for a copy."""
         try:
-            thing = self.model.openable(self.model._at(path))
+            thing = self.model.openable(self.model.at(path))
         except OSError:
-            return
+            return None
         changes = Changes(mode=mode, size=size)
         steps = self.kernel.rootfs.setattr(self.kernel.node(path), changes, CALLER)
         copy = next(steps, None) if steps is not None else None
         if copy is None:
             self._apply(thing, changes)
-            self._call(meanwhile)
-            return
-        if early:
-            self._call(meanwhile)
-        copy()
-        if not early:
-            self._call(meanwhile)
-        assert next(steps, None) is None
-        self._apply(thing, changes)
-        self.look()
+            return None
 
-    def _apply(self, thing: Any, changes: Changes) -> None:
+        def go_on() -> None:
+            copy()
+            assert next(steps, None) is None
+            self._apply(thing, changes)
+
+        return go_on
+
+    def _apply(self, thing: Thing, changes: Changes) -> None:
         if changes.size is not None:
             self.model.resize(thing, changes.size)
-        thing.mode = changes.mode
+        if changes.mode is not None:
+            thing.mode = changes.mode
 
     # What the kernel knows
+
+    @rule(path=paths)
+    def forget_one(self, path: bytes) -> None:
+        self.kernel.forget_one(path)
+        self.meet()
 
     @rule()
     def forget(self) -> None:
         self.kernel.forget()
-        if self.moved:
-            self.look()
+        self.meet()
 
     @rule()
     def open_again(self) -> None:
@@ -174,8 +197,7 @@ class RootfsMachine(RuleBasedStateMachine):
             self.model.release(slot)
         self.held.clear()
         self.kernel = self.area.kernel()
-        if self.moved:
-            self.look()
+        self.meet()
 
 
 def _without_owners(tree: Snapshot) -> Snapshot:

@@ -82,7 +82,7 @@ class TreeModel:
     def _unpack(self, members: Sequence[Member]) -> None:
         here = {member.path for member in members}
         from_below = {
-            member.path: self._at(member.link)
+            member.path: self.at(member.link)
             for member in members
             if member.type == b"1" and member.link not in here
         }
@@ -96,14 +96,14 @@ class TreeModel:
                 self._place(member)
         for member in members:
             if member.type == b"1":
-                thing = from_below[member.path] if member.path in from_below else self._at(member.link)
+                thing = from_below[member.path] if member.path in from_below else self.at(member.link)
                 self._implied(os.path.dirname(member.path)).children[os.path.basename(member.path)] = thing
 
     def _mark(self, path: bytes) -> None:
         """Do what a whiteout or an opaque marker does to what was there before."""
         head, name = os.path.split(path)
         try:
-            parent = self._at(head)
+            parent = self.at(head)
         except OSError:
             return
         if parent.is_directory:
@@ -138,7 +138,7 @@ class TreeModel:
 
     # Looking
 
-    def _at(self, path: bytes) -> Thing:
+    def at(self, path: bytes) -> Thing:
         at = self.root
         for name in _split(path):
             if not at.is_directory:
@@ -149,7 +149,7 @@ class TreeModel:
         return at
 
     def _parent(self, path: bytes) -> tuple[Thing, bytes]:
-        parent = self._at(os.path.dirname(path))
+        parent = self.at(os.path.dirname(path))
         if not parent.is_directory:
             raise OSError(errno.ENOTDIR, path)
         return parent, os.path.basename(path)
@@ -215,7 +215,7 @@ class TreeModel:
         parent.mtime_ns = FRESH
 
     def link(self, path: bytes, new_path: bytes) -> None:
-        thing = self._at(path)
+        thing = self.at(path)
         parent, name = self._parent(new_path)
         if name in parent.children:
             raise OSError(errno.EEXIST, new_path)
@@ -228,14 +228,14 @@ class TreeModel:
 
     def unlink(self, path: bytes) -> None:
         parent, name = self._parent(path)
-        if self._at(path).is_directory:
+        if self.at(path).is_directory:
             raise OSError(errno.EISDIR, path)
         del parent.children[name]
         parent.mtime_ns = FRESH
 
     def rmdir(self, path: bytes) -> None:
         parent, name = self._parent(path)
-        thing = self._at(path)
+        thing = self.at(path)
         if not thing.is_directory:
             raise OSError(errno.ENOTDIR, path)
         if thing.children:
@@ -246,7 +246,7 @@ class TreeModel:
     def rename(self, path: bytes, new_path: bytes, flags: int) -> None:
         old, name = self._parent(path)
         new, new_name = self._parent(new_path)
-        source = self._at(path)
+        source = self.at(path)
         target = new.children.get(new_name)
         if target is not None and flags & RENAME_NOREPLACE:
             raise OSError(errno.EEXIST, new_path)
@@ -270,7 +270,7 @@ class TreeModel:
     # Content
 
     def _file(self, path: bytes) -> Thing:
-        return self.openable(self._at(path))
+        return self.openable(self.at(path))
 
     @staticmethod
     def openable(thing: Thing) -> Thing:
@@ -329,13 +329,13 @@ class TreeModel:
     # Attributes
 
     def chmod(self, path: bytes, mode: int) -> None:
-        thing = self._at(path)
+        thing = self.at(path)
         if thing.format == stat.S_IFLNK:
             raise OSError(errno.EOPNOTSUPP, path)
         thing.mode = mode
 
     def chown(self, path: bytes, uid: int, gid: int) -> None:
-        thing = self._at(path)
+        thing = self.at(path)
         is_whole = self.keeps_owners or thing.format in (
             stat.S_IFREG, stat.S_IFDIR, stat.S_IFCHR, stat.S_IFBLK
         )  # fmt: skip
@@ -348,10 +348,10 @@ class TreeModel:
                 thing.mode &= ~stat.S_ISGID
 
     def utimens(self, path: bytes, mtime_ns: int) -> None:
-        self._at(path).mtime_ns = mtime_ns
+        self.at(path).mtime_ns = mtime_ns
 
     def set_xattr(self, path: bytes, name: bytes, value: bytes) -> None:
-        thing = self._at(path)
+        thing = self.at(path)
         if thing.format not in (stat.S_IFREG, stat.S_IFDIR):
             has_room = self.keeps_owners or thing.format in (stat.S_IFCHR, stat.S_IFBLK)
             if name.startswith(b"user.") or not has_room:
@@ -359,7 +359,7 @@ class TreeModel:
         thing.xattrs[name] = value
 
     def remove_xattr(self, path: bytes, name: bytes) -> None:
-        thing = self._at(path)
+        thing = self.at(path)
         if name.startswith(b"user.") and thing.format not in (stat.S_IFREG, stat.S_IFDIR):
             raise OSError(errno.EPERM, path)
         if name not in thing.xattrs:

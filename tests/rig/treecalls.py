@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -157,6 +158,20 @@ class FakeKernel:
             self._drop(child)
         self._root.children.clear()
 
+    def forget_one(self, path: bytes) -> None:
+        """Forget the name `path` and all below it, if it is known."""
+        dentry: _Dentry | None = self._root
+        *above, name = path.split(b"/")
+        for step in above:
+            dentry = dentry and dentry.children.get(step)
+        if dentry and name in dentry.children:
+            self._drop(dentry.children.pop(name))
+
+    def exhaust(self) -> None:
+        """Have all descriptors closed that may be: as if many others had been used."""
+        for thing in list(self.rootfs._descriptors._open):
+            self.rootfs._close_descriptor(thing)
+
     def detach(self) -> None:
         """Close what is open, forget the tree and let go of the upper."""
         for slot in list(self._handles):
@@ -281,13 +296,19 @@ class FakeKernel:
             lambda: self.rootfs.create(parent.node, name, stat.S_IFREG | mode, flags, CALLER)
         )
         self._enter(parent, name, node)
-        self._write(handle, 0, data)
+        self._write_and_close(handle, 0, data)
 
-    def _write(self, handle: FileHandle, offset: int, data: bytes) -> None:
+    def _write_and_close(self, handle: FileHandle, offset: int, data: bytes) -> None:
         try:
-            assert _settle(lambda: handle.write(offset, data)) == len(data)
+            self._write(handle, offset, data)
         finally:
             _settle(lambda: handle.close())
+
+    def _write(self, handle: FileHandle, offset: int, data: bytes) -> None:
+        """With the writeback cache the kernel says when it was (fs/fuse/inode.c, fuse_write_inode)."""
+        if data:
+            assert _settle(lambda: handle.write(offset, data)) == len(data)
+            self._change(handle.node, Changes(mtime_ns=time.time_ns()))
 
     def mkdir(self, path: bytes, mode: int) -> None:
         parent, name = self._vacant(path)
@@ -362,10 +383,10 @@ class FakeKernel:
         return dentry
 
     def write(self, path: bytes, offset: int, data: bytes) -> None:
-        self._write(self._open(self._file(path).node, os.O_WRONLY), offset, data)
+        self._write_and_close(self._open(self._file(path).node, os.O_WRONLY), offset, data)
 
     def overwrite(self, path: bytes, data: bytes) -> None:
-        self._write(self._open(self._file(path).node, os.O_WRONLY | os.O_TRUNC), 0, data)
+        self._write_and_close(self._open(self._file(path).node, os.O_WRONLY | os.O_TRUNC), 0, data)
 
     def truncate(self, path: bytes, size: int) -> None:
         self._change(self._file(path).node, Changes(size=size))
@@ -382,7 +403,7 @@ class FakeKernel:
         return self.rootfs.attr(handle.node).nlink, self._read_all(handle)
 
     def held_write(self, slot: int, offset: int, data: bytes) -> None:
-        assert _settle(lambda: self._handles[slot].write(offset, data)) == len(data)
+        self._write(self._handles[slot], offset, data)
 
     def held_truncate(self, slot: int, size: int) -> None:
         _settle(lambda: self._handles[slot].truncate(size))

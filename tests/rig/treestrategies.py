@@ -11,7 +11,7 @@ from rig.layers import Member, device, directory, fifo, file, hard_link, opaque,
 
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
-__all__ = ["PATHS", "Call", "calls", "contents", "images", "modes", "paths", "profile"]
+__all__ = ["PATHS", "Call", "aimed", "calls", "contents", "images", "modes", "paths", "profile"]
 
 Call = tuple[str, tuple[Any, ...]]
 """A method of the trees in `rig.treecalls`, and its arguments."""
@@ -138,6 +138,18 @@ def _ancestors(path: bytes) -> list[bytes]:
 
 def _covers(name: bytes, path: bytes) -> bool:
     return (path + b"/").startswith(name + b"/")
+
+
+def aimed(call: Call, model: TreeModel) -> Call:
+    """`call`, mostly at something that is there: random paths alone would seldom meet."""
+    name, arguments = call
+    if name in ("create", "mkdir", "mknod", "symlink"):
+        return call
+    there = sorted(path for path, _ in model.walk() if path != b".")
+    number = PATHS.index(arguments[0])
+    if not there or arguments[0] in there or number % 5 == 0:
+        return call
+    return name, (there[number % len(there)], *arguments[1:])
 
 
 def calls() -> st.SearchStrategy[Call]:

@@ -332,6 +332,14 @@ def test_an_upper_file_unlinked_while_open_is_read_and_written(kernel: FakeKerne
     assert kernel.held(1) == (0, b"content!")
 
 
+def test_an_unlinked_upper_file_is_kept_though_its_descriptor_was_closed(kernel: FakeKernel) -> None:
+    kernel.create(b"new", 0o644, b"content")
+    kernel.hold(1, b"new", True)
+    kernel.exhaust()
+    kernel.unlink(b"new")
+    assert kernel.held(1) == (0, b"content")
+
+
 def test_an_orphan_gets_no_new_name(kernel: FakeKernel) -> None:
     kernel.hold(1, b"d/a", False)
     kernel.unlink(b"d/a")
@@ -345,8 +353,9 @@ def test_a_file_that_lost_one_name_is_found_by_another(kernel: FakeKernel) -> No
         kernel.node(name)
     kernel.unlink(b"b")
     thing = kernel.node(b"d/l")
-    kernel.rootfs._close_descriptor(thing)
+    kernel.exhaust()
     assert kernel.rootfs.attr(thing).nlink == 2
+    assert kernel.rootfs.lookup(kernel.node(b"d"), b"l") is thing
 
 
 def test_a_file_that_lost_its_only_known_name_keeps_its_descriptor(kernel: FakeKernel) -> None:
@@ -411,6 +420,44 @@ def test_a_directory_with_whiteouts_is_renamed_over(area: Area, kernel: FakeKern
     kernel = _again(area, kernel)
     assert _names(kernel, b"d/e") == []
     kernel.detach()
+
+
+def test_a_rename_that_fails_over_a_cleared_directory_shows_nothing_it_hid(
+    area: Area, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.unlink(b"d/e/x")
+    kernel.unlink(b"d/e/m")
+    kernel.chmod(b"empty", 0o700)
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Upper, "move", refuse)
+        assert errno_from(kernel.rename, b"empty", b"d/e", 0) == errno.EIO
+    assert _names(kernel, b"d/e") == []
+    kernel = _again(area, kernel)
+    assert _names(kernel, b"d/e") == []
+    kernel.detach()
+
+
+@pytest.mark.parametrize("flags", [0, RENAME_EXCHANGE])
+def test_what_moved_is_found_without_its_descriptor(kernel: FakeKernel, flags: int) -> None:
+    kernel.rename(b"d", b"empty", flags)
+    kernel.exhaust()
+    kernel.chmod(b"empty", 0o700)
+    assert kernel.snapshot()[b"empty"].mode == 0o700
+    if flags:
+        kernel.exhaust()
+        kernel.chmod(b"d", 0o711)
+        assert kernel.snapshot()[b"d"].mode == 0o711
+
+
+def test_exchanged_directories_keep_the_link_counts(kernel: FakeKernel) -> None:
+    kernel.snapshot()
+    kernel.rename(b"b", b"d/e", RENAME_EXCHANGE)
+    tree = kernel.snapshot()
+    assert (tree[b"."].nlink, tree[b"d"].nlink) == (5, 2)
 
 
 def test_lower_and_upper_change_places(area: Area, kernel: FakeKernel) -> None:
