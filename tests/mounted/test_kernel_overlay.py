@@ -4,10 +4,11 @@ What overlayfs shows otherwise, and is left out: the link count of directories (
 files (names that are hidden are counted).
 """
 
-import os
+import hashlib
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,27 +16,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rig.dictmodel import TreeModel, presence, settled
 from rig.layers import Member, layer, unpack_layer
-from rig.requirements import need
 from rig.snapshot import Snapshot, differences
 from rig.treecalls import Area, FakeKernel, RealTree, errno_from
 from rig.treestrategies import Call, aimed, calls, images, profile
 
+from fusestore.upper import Scheme
+
 pytestmark = pytest.mark.root
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_root() -> None:
-    need("root", os.geteuid() == 0, "run the tests as root to mount overlayfs")
+_EMPTY = hashlib.sha256().hexdigest()
 
 
 @contextmanager
 def _overlay(area: Area) -> Iterator[RealTree]:
-    """The kernel's mount of the upper in `area` over the layers that `_unpack` put there."""
+    """The kernel's mount of the upper in `area` over the layers that `_unpack` put there.
+
+    In the plain scheme as in a user namespace, where overlayfs follows no redirects.
+    """
     merged = area.path / "merged"
     merged.mkdir(exist_ok=True)
     (area.path / "work").mkdir(exist_ok=True)
     lower = ":".join(str(_layer_path(area, number)) for number in reversed(range(len(area.layers))))
-    options = f"lowerdir={lower},upperdir={area.diff},workdir={area.path / 'work'},redirect_dir=on,index=off"
+    scheme = "redirect_dir=on,index=off" if area.scheme is Scheme.NATIVE else "userxattr"
+    options = f"lowerdir={lower},upperdir={area.diff},workdir={area.path / 'work'},{scheme}"
     subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", merged], check=True, timeout=60)
     try:
         with closing(RealTree(merged)) as tree:
@@ -61,7 +64,7 @@ def _unpack(area: Area, image: list[list[Member]]) -> None:
     for number, members in enumerate(image):
         path = _layer_path(area, number)
         path.mkdir()
-        unpack_layer(members, path)
+        unpack_layer(members, path, area.scheme.value)
 
 
 def _check(expected: Snapshot, found: Snapshot) -> None:
@@ -69,7 +72,7 @@ def _check(expected: Snapshot, found: Snapshot) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@profile(ci=25, long=1000)
+@profile(ci=60, long=1500)
 @given(
     images(hard_links=False, implied=False),
     st.lists(st.tuples(st.booleans(), st.lists(calls(), max_size=12)), min_size=1, max_size=5),
@@ -96,7 +99,7 @@ def test_a_container_changes_hands(image: list[list[Member]], turns: list[tuple[
             _check(found, theirs.snapshot())
 
 
-@profile(ci=25, long=1000)
+@profile(ci=60, long=1500)
 @given(
     images(lower_links=False, implied=False), st.lists(calls(), max_size=25), st.lists(calls(), max_size=25)
 )
@@ -110,3 +113,48 @@ def test_hard_links_read_the_same(image: list[list[Member]], mine: list[Call], t
                     errno_from(getattr(tree, name), *arguments)
             with _union(area) as union, _overlay(area) as overlay:
                 _check(presence(union.snapshot()), presence(overlay.snapshot()))
+
+
+def _is_directory_move(model: TreeModel, call: Call) -> bool:
+    name, arguments = call
+    ends = [dict(model.walk()).get(path) for path in arguments[:2]] if name == "rename" else []
+    return any(end is not None and end.is_directory for end in ends)
+
+
+def _as_a_plain_user_keeps_it(tree: Snapshot) -> Snapshot:
+    """What the files themselves have: owner, mode, devices and foreign xattrs are the store's own."""
+    return {
+        path: replace(
+            entry,
+            type="file" if entry.type == "char" else entry.type,
+            size=None,
+            sha256=entry.sha256 or (_EMPTY if entry.type == "char" else None),
+            mode=0,
+            uid=0,
+            gid=0,
+            rdev=0,
+            xattrs=tuple((key, value) for key, value in entry.xattrs if _is_plain_xattr(key)),
+        )
+        for path, entry in tree.items()
+    }
+
+
+def _is_plain_xattr(name: str) -> bool:
+    return name.startswith("user.") and not name.startswith("user.fusestore.")
+
+
+@profile(ci=60, long=1500)
+@given(images(hard_links=False, implied=False), st.lists(calls(), max_size=40))
+def test_the_kernel_reads_a_plain_users_upper(image: list[list[Member]], todo: list[Call]) -> None:
+    model = TreeModel(image, keeps_owners=False)
+    with closing(Area([layer(*members) for members in image], Scheme.PLAIN)) as area:
+        _unpack(area, image)
+        with _union(area) as tree:
+            for call in todo:
+                name, arguments = aimed(call, model)
+                if not _is_directory_move(model, (name, arguments)):
+                    expected = errno_from(getattr(model, name), *arguments)
+                    assert errno_from(getattr(tree, name), *arguments) == expected
+            found = _as_a_plain_user_keeps_it(tree.snapshot())
+        with _overlay(area) as theirs:
+            _check(found, _as_a_plain_user_keeps_it(theirs.snapshot()))

@@ -14,7 +14,7 @@ from rig.treestrategies import Call, aimed, calls, images, profile
 pytestmark = pytest.mark.root
 
 
-@profile(ci=40, long=2000)
+@profile(ci=100, long=2000)
 @given(images(), st.lists(calls(), max_size=40), st.integers(0, 40))
 def test_a_rootfs_is_what_a_directory_would_be(
     image: list[list[Member]], todo: list[Call], when: int

@@ -2,12 +2,15 @@
 
 from contextlib import closing
 
+import pytest
 from hypothesis import given
 from rig.dictmodel import TreeModel, settled
 from rig.layers import Member, layer
 from rig.snapshot import differences
 from rig.treecalls import Area
 from rig.treestrategies import images, profile
+
+pytestmark = pytest.mark.root
 
 
 @profile(ci=100, long=2000)

@@ -212,4 +212,4 @@ def _without_owners(tree: Snapshot) -> Snapshot:
 @pytest.mark.parametrize("scheme", list(Scheme))
 def test_a_rootfs_is_what_the_model_says(scheme: Scheme) -> None:
     machine = type("Machine", (RootfsMachine,), {"scheme": scheme})
-    run_state_machine_as_test(machine, settings=profile(ci=60, long=3000, stateful_step_count=30))
+    run_state_machine_as_test(machine, settings=profile(ci=120, long=3000, stateful_step_count=30))

@@ -138,13 +138,16 @@ def layer(*members: Member) -> Layer:
     return Layer(LayerIndex(builder.finish(len(content))), _Reader(bytes(content)))
 
 
-def unpack_layer(members: Sequence[Member], target: Path) -> None:
-    """Write a layer as overlayfs wants a lower directory. Needs root; hard links within the layer only."""
+def unpack_layer(members: Sequence[Member], target: Path, prefix: bytes = b"trusted.overlay.") -> None:
+    """Write a layer as overlayfs wants a lower directory. Needs root; hard links within the layer only.
+
+    `prefix` of overlayfs's xattrs: ``user.overlay.`` for mounts with userxattr.
+    """
     root = os.fsencode(target)
     for member in members:
         head, name = os.path.split(os.path.join(root, member.path))
         if name == b".wh..wh..opq":
-            os.setxattr(head, b"trusted.overlay.opaque", b"y")
+            os.setxattr(head, prefix + b"opaque", b"y")
         elif name.startswith(b".wh."):
             os.mknod(os.path.join(head, name.removeprefix(b".wh.")), stat.S_IFCHR, 0)
         elif member.type == b"1":

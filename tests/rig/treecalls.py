@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from rig.dictmodel import Thing, TreeModel
 from rig.layers import Layer
+from rig.requirements import need
 from rig.snapshot import TYPES, Entry, Snapshot, snapshot
 
 from fusestore.errors import FusestoreError, errno_of
@@ -59,6 +60,7 @@ class Area:
     """An upper directory on disk and its scratch; a rootfs over it can be opened again and again."""
 
     def __init__(self, layers: Sequence[Layer], scheme: Scheme = Scheme.NATIVE, capacity: int = 1000) -> None:
+        need("root", os.geteuid() == 0, "run the tests as root to have owners and devices in a tree")
         self._directory = tempfile.TemporaryDirectory(dir=os.environ.get("FUSESTORE_TEST_TMP", "/var/tmp"))
         self.path = Path(self._directory.name)
         self.layers = layers

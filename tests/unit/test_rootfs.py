@@ -19,6 +19,8 @@ from fusestore.nodes import Attr, Extent, Inode, TarEntry
 from fusestore.rootfs import Descriptors, Opened, Rootfs
 from fusestore.union import Lower
 
+pytestmark = pytest.mark.root
+
 _IMAGE = [
     [directory(b"d"), file(b"d/a", b"content a"), file(b"b", b"content b"), hard_link(b"d/l", b"b")],
     [file(b"d/c"), symlink(b"s", b"d/a", xattrs=((b"trusted.k", b"v"),)), whiteout(b"none")],
