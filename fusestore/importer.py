@@ -93,7 +93,8 @@ class Importer:
         for _ in range(_ATTEMPTS):
             with (
                 self._workspace.scratch() as scratch,
-                open_source(source_text, scratch=scratch.path) as source,contextlib.suppress(_Gone)
+                open_source(source_text, scratch=scratch.path) as source,
+                contextlib.suppress(_Gone),
             ):
                 return self._import(source, names or source.names, scratch, progress)
         raise Busy("other processes keep deleting what this image needs: end them, then import it again")

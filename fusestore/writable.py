@@ -431,11 +431,29 @@ class WritableRootfs(Rootfs):
     def _enter_upper(
         self, thing: Object, places: list[tuple[Object, bytes]], put: Callable[[int, bytes], int]
     ) -> None:
-        """`put` the copy at the first of the places, link it at the others; from then on `thing` is there."""
-        directory, name = places[0]
-        self._copy_up_directory(directory)
-        with self._times_kept(directory) as at:
-            fd = put(at, name)
+        """`put` the copy at the first of the places, link it at the others; from then on `thing` is there.
+
+        When one of them fails, those before are taken back: a name left behind would keep the old content.
+        """
+        for directory, _ in places:
+            self._copy_up_directory(directory)
+        done: list[tuple[Object, bytes]] = []
+        fd = -1
+        try:
+            for directory, name in places:
+                with self._times_kept(directory) as at:
+                    if fd < 0:
+                        fd = put(at, name)
+                    else:
+                        self._upper.link(fd, at, name, replaces=False)
+                done.append((directory, name))
+        except BaseException:
+            for directory, name in done:
+                with self._times_kept(directory) as at:
+                    self._upper.remove(at, name)
+            if fd >= 0:
+                os.close(fd)
+            raise
         self._objects.pop(thing.key, None)
         thing.key = os.fstat(fd).st_ino
         self._objects[thing.key] = thing
@@ -443,13 +461,9 @@ class WritableRootfs(Rootfs):
         thing.settle(places)
         if thing.format != stat.S_IFDIR:
             thing.stack = ()
-        directory.version += 1
-        self._descriptors.used(thing)
-        for directory, name in places[1:]:
-            self._copy_up_directory(directory)
-            with self._times_kept(directory) as at:
-                self._upper.link(self.descriptor(thing), at, name, replaces=False)
+        for directory, _ in places:
             directory.version += 1
+        self._descriptors.used(thing)
 
     @contextlib.contextmanager
     def _times_kept(self, directory: Object) -> Iterator[int]:

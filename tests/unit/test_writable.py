@@ -158,6 +158,26 @@ def test_a_copy_that_fails_leaves_the_tree_as_it_was(
     kernel.forget()
 
 
+def test_a_copy_that_cannot_have_all_its_names_has_none(
+    area: Area, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kernel.snapshot()
+    link = Upper.link
+
+    def refuse(upper: Upper, fd: int, directory: int, name: bytes, replaces: bool) -> None:
+        if name == b"m":
+            raise OSError(errno.EMLINK, "too many links")
+        link(upper, fd, directory, name, replaces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Upper, "link", refuse)
+        assert errno_from(kernel.write, b"b", 0, b"new") == errno.EMLINK
+    assert kernel.snapshot() == before
+    assert not os.path.lexists(area.diff / "b") and not os.path.lexists(area.diff / "d/l")
+    kernel.write(b"b", 0, b"new")
+    assert {_read(kernel, name) for name in (b"b", b"d/l", b"d/e/m")} == {b"newtent b"}
+
+
 def test_two_copy_ups_of_one_file_make_one_copy(area: Area, kernel: FakeKernel) -> None:
     thing = kernel.node(b"d/a")
     first, second = (kernel.rootfs.open(thing, os.O_RDWR, CALLER) for _ in range(2))
