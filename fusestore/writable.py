@@ -446,7 +446,7 @@ class WritableRootfs(Rootfs):
                         fd = put(at, name)
                     else:
                         self._upper.link(fd, at, name, replaces=False)
-                done.append((directory, name))
+                    done.append((directory, name))
         except BaseException:
             for directory, name in done:
                 with self._times_kept(directory) as at:
