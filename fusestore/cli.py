@@ -23,7 +23,7 @@ import click
 from . import daemon
 from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout, default_run_dir, default_store_dir
-from .store import Store
+from .store import Image, Store
 
 __all__ = ["main", "printable"]
 
@@ -209,7 +209,7 @@ def _umount(places: _Places, mountpoint: str) -> None:
 def _images(places: _Places, as_json: bool) -> None:
     """List the images."""
     with places.open() as store:
-        found = [_image_record(store, image.id) for image in store.images()]
+        found = [_image_record(store, image) for image in store.images()]
     if as_json:
         _print_json(found)
         return
@@ -231,13 +231,24 @@ def _images(places: _Places, as_json: bool) -> None:
 @_command
 @_json
 @_places
-def _containers(places: _Places, as_json: bool) -> None:
-    """List the containers."""
+def _containers(places: _Places, as_json: bool) -> int:
+    """List the containers.
+
+    Those that cannot be read are left out, with an error each, and fail the command.
+    """
+    found, code = [], 0
     with places.open() as store:
-        found = list(_container_documents(store))
+        for container_id in store.container_ids():
+            try:
+                found.append(store.get_container_metadata(container_id))
+            except NotFound:
+                # Deleted since it was listed.
+                continue
+            except FusestoreError as error:
+                code = _fail(str(error))
     if as_json:
         _print_json(found)
-        return
+        return code
     _print_table(
         ("ID", "NAME", "IMAGE", "CREATED", "STATE"),
         (
@@ -245,25 +256,17 @@ def _containers(places: _Places, as_json: bool) -> None:
                 container["id"],
                 container["name"],
                 container["image-name"] or container["image-id"][:_SHORT_ID] or "-",
-                datetime.datetime.fromtimestamp(container["created-at"]).isoformat(" ", "seconds"),
+                _time(container["created-at"]),
                 "started" if container["mounted"] else "stopped",
             )
             for container in found
         ),
     )
+    return code
 
 
-def _container_documents(store: Store) -> Iterator[dict[str, Any]]:
-    for container_id in store.container_ids():
-        try:
-            yield store.get_container_metadata(container_id)
-        except NotFound:
-            # Deleted since it was listed.
-            continue
-
-
-def _image_record(store: Store, ref: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(store.image_metadata(store.image(ref)))
+def _image_record(store: Store, image: Image) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(store.image_metadata(image))
     return record
 
 
@@ -318,7 +321,7 @@ def _inspect(places: _Places, ref: str) -> None:
             record = store.get_container_metadata(ref)
         except (NotFound, BadInput):
             try:
-                record = _image_record(store, ref)
+                record = _image_record(store, store.image(ref))
             except (NotFound, BadInput):
                 raise NotFound(
                     f"there is no container and no image {ref!r}: fusestore containers and images list them"
@@ -384,6 +387,15 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
+
+
+def _time(seconds: int) -> str:
+    """Local time."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):
+        # Beyond the years that a calendar has: nobody wrote that through fusestore.
+        return str(seconds)
 
 
 def _size(count: int) -> str:

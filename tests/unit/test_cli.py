@@ -207,6 +207,20 @@ def test_containers_json_is_a_list_of_documents(run: Run, stored: str) -> None:
     assert json.loads(run("containers", "--json").out) == [json.loads(run("inspect", "mine").out)]
 
 
+def test_a_damaged_container_does_not_hide_the_others(run: Run, stored: str, tmp_path: Path) -> None:
+    run("create", "app", "good")
+    run("create", "app", "bad")
+    (tmp_path / "store/containers/bad/container").write_bytes(b"{")
+    outcome = run("containers", "--json")
+    assert outcome.code == 1
+    assert [one["id"] for one in json.loads(outcome.out)] == ["good"]
+    assert outcome.err.startswith("fusestore: ") and "bad" in outcome.err
+
+
+def test_a_time_beyond_all_calendars_is_shown(run: Run) -> None:
+    assert cli._time(10**30) == str(10**30)
+
+
 def test_rm_goes_on_after_an_error(run: Run, stored: str) -> None:
     run("create", "app", "a")
     run("create", "app", "b")
