@@ -475,10 +475,10 @@ class Upper:
         """PLAIN: make mode, owner and device what is asked, in the file itself or else in its record."""
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            if (uid, gid) != (status.st_uid, status.st_gid):
-                raise NotPermitted("a plain user's store cannot keep owners of links, FIFOs and sockets")
             if not stat.S_ISLNK(mode):
                 os.chmod(_proc(fd), mode & 0o777)
+            if (uid, gid) != (status.st_uid, status.st_gid):
+                raise NotPermitted("a plain user's store cannot keep owners of links, FIFOs and sockets")
             return
         needed = 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
         real = mode & 0o777 | needed

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.root
 
 _NOBODY = Person("nobody", 65534, 65534, "/")
 _NULL = os.makedev(1, 3)
+_LOWER_FIFO = Attr(stat.S_IFIFO | 0o640, 12, 34, 0, 0, 1, 0, 0, 0, 0)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
 
@@ -358,6 +359,12 @@ def test_plain_links_keep_the_owner_of_the_process(plain: Place) -> None:
         with pytest.raises(NotPermitted):
             plain.upper.chown(plain.fd(name), 12, -1)
         plain.upper.chown(plain.fd(name), 0, 0)
+
+
+def test_a_plain_fifo_of_somebody_else_has_its_mode_all_the_same(plain: Place) -> None:
+    plain.upper.make_node(plain.root, b"new", stat.S_IFIFO | 0o640, 0, 12, 34, replaces=False)
+    os.close(plain.upper.copy_special(plain.root, b"copy", _LOWER_FIFO, (), None))
+    assert [plain.attr(name).mode for name in (b"new", b"copy")] == [stat.S_IFIFO | 0o640] * 2
 
 
 def test_a_plain_fifo_has_its_own_mode(plain: Place) -> None:
