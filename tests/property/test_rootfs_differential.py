@@ -30,5 +30,6 @@ def test_a_rootfs_is_what_a_directory_would_be(
                 found = errno_from(getattr(kernel, name), *arguments)
                 assert (name, arguments, found) == (name, arguments, expected)
                 if number in (when, len(todo) - 1):
+                    kernel.snapshot()  # to meet the hard links in directories that moved
                     assert not differences(presence(real.snapshot()), presence(kernel.snapshot()))
         kernel.detach()

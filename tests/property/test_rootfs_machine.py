@@ -5,7 +5,7 @@ targets, xattrs, times, and which names are one file. `rig.treecalls.FakeKernel`
 the kernel knows keeps its node and number, and that lookup and listing agree.
 
 A hard link of a lower file in a directory that was renamed is found only once it was looked up (see
-`Rootfs.places`): so when something has moved, the tree is walked whenever the kernel has forgotten it.
+`Rootfs.places`): so the tree is walked when something has moved, and then whenever it was forgotten.
 """
 
 import errno
@@ -51,11 +51,13 @@ class RootfsMachine(RuleBasedStateMachine):
         self.model: TreeModel
         self.held: dict[int, bool] = {}
         self.moved = False
+        self.has_links = False
 
     @initialize(image=images(), capacity=st.sampled_from((16, 1000)))
     def start(self, image: list[list[Member]], capacity: int) -> None:
         self.area = Area([layer(*members) for members in image], self.scheme, capacity)
         self.model = TreeModel(image, keeps_owners=self.scheme is Scheme.NATIVE)
+        self.has_links = any(member.type == b"1" for members in image for member in members)
         self.kernel = self.area.kernel()
 
     def teardown(self) -> None:
@@ -86,7 +88,7 @@ class RootfsMachine(RuleBasedStateMachine):
 
     def meet(self) -> None:
         """Have the kernel know all names, where names it does not know may be missed."""
-        if self.moved:
+        if self.moved and self.has_links:
             self.kernel.snapshot()
 
     # Calls
@@ -94,7 +96,9 @@ class RootfsMachine(RuleBasedStateMachine):
     def _call(self, call: Call) -> None:
         name, arguments = aimed(call, self.model)
         is_move = name == "rename"
-        self.moved |= not self.both(name, *arguments) and is_move
+        if not self.both(name, *arguments) and is_move:
+            self.moved = True
+            self.meet()
 
     @rule(call=calls(), looks=st.booleans(), exhausts=st.booleans())
     def call(self, call: Call, looks: bool, exhausts: bool) -> None:

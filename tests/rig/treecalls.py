@@ -607,7 +607,7 @@ class RealTree:
 
     def truncate(self, path: bytes, size: int) -> None:
         with self._opened(path, os.O_WRONLY) as fd:
-            os.ftruncate(fd, size)
+            os.truncate(b"/proc/self/fd/%d" % fd, size)  # unlike ftruncate(2) it leaves mtime with the size
 
     def hold(self, slot: int, path: bytes, writable: bool) -> None:
         with self._opened(path, os.O_RDWR if writable else os.O_RDONLY) as fd:
