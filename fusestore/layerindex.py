@@ -258,6 +258,8 @@ class LayerIndex:
         "_buffer",
         "_count",
         "_directory_space",
+        "_last_page",
+        "_last_record",
         "_leaf_space",
         "_lower_links",
         "_page_space",
@@ -278,6 +280,10 @@ class LayerIndex:
         """Raises StoreDamaged for bytes that are no index, a damaged one or one of another version."""
         self._buffer = buffer
         self._page_space, self._directory_space, self._leaf_space = (next(self._spaces) for _ in range(3))
+        # What is asked of an inode comes in a row, and of its neighbours next: a step before the cache, which
+        # takes a lock. Each is one tuple, so that threads see it whole.
+        self._last_record: tuple[int | None, tuple[int, ...]] = (None, ())
+        self._last_page: tuple[int | None, bytes] = (None, b"")
         pages_at = _HEADER.size + _COUNTS.size
         if len(buffer) < pages_at:
             raise _damaged("it is too short")
@@ -410,10 +416,15 @@ class LayerIndex:
 
     def _record(self, ino: int) -> tuple[int, ...]:
         """The fields of DRAFT and _TAIL."""
+        last, record = self._last_record
+        if last == ino:
+            return record
         if not 0 <= ino < self._count:
             raise IndexError(f"inode {ino} of a layer that has {self._count}")
         page = self._page(self._block_pages + ino // _RECORDS_PER_PAGE)
-        return _RECORD.unpack_from(page, ino % _RECORDS_PER_PAGE * _RECORD.size)
+        record = _RECORD.unpack_from(page, ino % _RECORDS_PER_PAGE * _RECORD.size)
+        self._last_record = ino, record
+        return record
 
     def _directory(self, ino: int) -> _Directory:
         directory: _Directory | None = self._cache.get((self._directory_space, ino))
@@ -498,10 +509,17 @@ class LayerIndex:
             raise _damaged("a block is no msgpack") from None
 
     def _page(self, number: int) -> bytes:
+        last, page = self._last_page
+        if last != number:
+            page = self._cached_page(number)
+            self._last_page = number, page
+        return page
+
+    def _cached_page(self, number: int) -> bytes:
         key = self._page_space, number
-        page: bytes | None = self._cache.get(key)
-        if page is not None:
-            return page
+        cached: bytes | None = self._cache.get(key)
+        if cached is not None:
+            return cached
         if number < self._block_pages:
             size = min(_PAGE_SIZE, self._block_bytes - number * _PAGE_SIZE)
         else:
