@@ -32,9 +32,7 @@ PLAIN_LOOP = "import trio, fusestore.mount as m, fusestore.cli as c; m._stand_in
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    subprocess.run(
-        command, check=True, stdout=subprocess.DEVNULL, timeout=600, env={**os.environ, **(env or {})}
-    )
+    subprocess.run(command, check=True, capture_output=True, timeout=600, env={**os.environ, **(env or {})})
 
 
 def timed(work: Callable[[], object]) -> float:
