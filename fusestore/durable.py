@@ -418,10 +418,6 @@ class Workspace:
         """Deletes what was discarded, by whomever. Raises the first OSError after trying everything."""
         empty_trash(self._trash)
 
-    def has_trash(self) -> bool:
-        with os.scandir(self._trash) as entries:
-            return next(entries, None) is not None
-
     def dead(self) -> Iterator[Scratch]:
         """Directories in tmp/ that have no maker any more, each locked exclusively; the receiver closes it.
 
