@@ -179,7 +179,7 @@ def _mount(
         from . import mount
 
         with places.open(cache_size=cache_size) as store:
-            log = None if foreground else RunLayout(store.run_dir).mount_log(os.fsencode(mountpoint))
+            log = None if foreground else RunLayout(store.run_path).mount_log(os.fsencode(mountpoint))
             daemon.log_to(log)
             mount.run(store, mountpoint, driver=driver, allow_other=allow_other, ready=ready)
 

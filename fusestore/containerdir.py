@@ -239,7 +239,7 @@ class ContainerDir(Node):
 
     def make_rundir(self) -> Steps[None]:
         if self._rundir is None:
-            path = yield lambda: self.around.store.run_dir_of(self.id)
+            path = yield lambda: self.around.store.run_dir(self.id)
             self._rundir = Path(path)
 
     def part_now(self, name: bytes) -> Node:

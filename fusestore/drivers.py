@@ -130,8 +130,13 @@ class _DirectoryOpener:
         root = os.open(self._path, _DIRECTORY_FLAGS)
         return Opened(Lower(()), (), self._driver.upper(root), lambda: os.close(root))
 
-    def peek(self) -> None:
-        return None
+    def peek(self) -> Attr:
+        """Keeps no descriptor: who lists containers sees all their directories."""
+        root = os.open(self._path, _DIRECTORY_FLAGS)
+        try:
+            return self._driver.upper(root).attr(root)
+        finally:
+            os.close(root)
 
     def hold(self) -> Closable:
         return _NothingHeld()

@@ -39,6 +39,7 @@ _SLICE_S = 0.002
 _PATIENCE_MS = 1
 """How long to block the loop for the next request while no other task could do anything."""
 _HEARING_S = 5.0
+_BELL_PAUSE_S = 0.1
 _UNMOUNT_TIMEOUT_S = 60.0
 _EXIT_TIMEOUT_S = 5.0
 _LEAVE = "leave it and close its files, then try again"
@@ -201,8 +202,13 @@ async def _answer_bell(record: MountRecord, tree: Tree) -> None:
     bell = trio.socket.from_stdlib_socket(record.bell)
     async with trio.open_nursery() as nursery:
         while True:
-            connection, _ = await bell.accept()
-            nursery.start_soon(_hear, connection, tree)
+            try:
+                connection, _ = await bell.accept()
+            except OSError as error:  # EMFILE, above all: the mount survives
+                _log.warning("the bell: %s", error)
+                await trio.sleep(_BELL_PAUSE_S)
+            else:
+                nursery.start_soon(_hear, connection, tree)
 
 
 async def _hear(connection: trio.socket.SocketType, tree: Tree) -> None:

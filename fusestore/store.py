@@ -7,7 +7,7 @@
         store.delete_container("job")
 
 It does what libpod's storage service did: create_container, delete_container, set_/get_container_metadata,
-start_container, stop_container, work_dir, run_dir_of. The files are the truth, not this object: any number of
+start_container, stop_container, work_dir, run_dir. The files are the truth, not this object: any number of
 processes may have the same store open, with a mount or without one, and each sees at once what another did.
 
 A `ref` of a container is its id or its name; of an image a name, an id, or the first 12 or more digits of an
@@ -73,9 +73,9 @@ class ContainerInfo:
 
     id: str
     dir: Path
-    """Its directory in the store."""
+    """What `Store.work_dir` gives."""
     run_dir: Path
-    """Its directory below the run directory: empty after a reboot. See `Store.run_dir_of`."""
+    """What `Store.run_dir` gives."""
     config: dict[str, Any]
     """The OCI config of its image; {} while it has none."""
 
@@ -145,7 +145,7 @@ class Store:
         return self._layout.root
 
     @property
-    def run_dir(self) -> str:
+    def run_path(self) -> str:
         """This store's part of the run directory."""
         return self._run.root
 
@@ -310,11 +310,16 @@ class Store:
 
         draft = Draft(chosen_id, name, bound_name, bound_id, mount_label)
         self._containers.create(draft, confirm_image)
+        try:
+            run_dir = self.run_dir(chosen_id)
+        except BaseException:
+            self._containers.delete(chosen_id)
+            raise
         self._mounts.announce(Changed("containers", chosen_id))
         return ContainerInfo(
             id=chosen_id,
-            dir=Path(self._layout.container(chosen_id)),
-            run_dir=Path(self._run.container(chosen_id)),
+            dir=self.work_dir(chosen_id),
+            run_dir=run_dir,
             config=config,
         )
 
@@ -386,7 +391,7 @@ class Store:
         """A directory, 0700, that lives as long as the container. Raises NotFound."""
         return Path(self._layout.workdir(self._containers.resolve(ref)))
 
-    def run_dir_of(self, ref: str) -> Path:
+    def run_dir(self, ref: str) -> Path:
         """A directory, 0700, that is empty after a reboot; made when first asked for. Raises NotFound."""
         return Path(self._containers.make_rundir(self._containers.resolve(ref)))
 

@@ -56,9 +56,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def test_default_places_and_modes(store: Store) -> None:
     info = store.create_container(container_id="c")
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in info.dir.iterdir()}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in info.dir.parent.iterdir()}
     assert modes == {"container": 0o600, "work": 0o700, "workdir": 0o700}
-    assert store.work_dir("c") == info.dir / "workdir"
+    assert (store.work_dir("c"), store.run_dir("c")) == (info.dir, info.run_dir)
 
 
 def test_an_id_made_at_random(store: Store) -> None:
@@ -143,7 +143,7 @@ def test_no_such_container(store: Store, ref: str) -> None:
         store.delete_container,
         store.hold,
         store.stop_container,
-        store.run_dir_of,
+        store.run_dir,
     ):
         with pytest.raises(NotFound):
             operation(ref)
@@ -166,10 +166,10 @@ def test_renaming_to_what_is_taken(store: Store) -> None:
 
 def test_a_deleted_container_leaves_nothing_in_its_run_directory(store: Store) -> None:
     store.create_container(container_id="c")
-    (store.run_dir_of("c") / "file").touch()
+    (store.run_dir("c") / "file").touch()
     store.delete_container("c")
     store.create_container(container_id="c")
-    assert list(store.run_dir_of("c").iterdir()) == []
+    assert list(store.run_dir("c").iterdir()) == []
 
 
 def test_anything_can_be_deleted(store: Store) -> None:

@@ -740,7 +740,7 @@ def test_scratch_files_outlive_the_kernels_memory_but_not_the_mount(shell: TreeS
 
 def test_rundir_is_made_when_first_looked_up(shell: TreeShell, store: Store) -> None:
     shell.stat("containers/c/rundir")
-    assert stat.S_IMODE(os.stat(store.run_dir_of("c")).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(store.run_dir("c")).st_mode) == 0o700
 
 
 @pytest.mark.parametrize("part", PARTS)

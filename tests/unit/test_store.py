@@ -157,24 +157,24 @@ def test_a_mount_whose_process_died_is_none(store: Store) -> None:
         os._exit(0)
     os.waitpid(pid, 0)
     assert store.mounts() == []
-    assert os.listdir(Path(store.run_dir, "mounts")) == []
+    assert os.listdir(Path(store.run_path, "mounts")) == []
 
 
 def test_after_a_reboot_nothing_is_mounted(tmp_path: Path, store: Store) -> None:
     store.create_container(container_id="c")
     store.set_container_metadata("c", {"mounted": True})
-    (store.run_dir_of("c") / "file").touch()
-    Path(store.run_dir, "boot").write_text("another boot")
+    (store.run_dir("c") / "file").touch()
+    Path(store.run_path, "boot").write_text("another boot")
     with open_at(tmp_path) as rebooted:
         assert rebooted.container("c").mounted is False
-        assert list(rebooted.run_dir_of("c").iterdir()) == []
+        assert list(rebooted.run_dir("c").iterdir()) == []
 
 
 def test_rundir(store: Store) -> None:
     store.create_container(container_id="c")
-    path = store.run_dir_of("c")
+    path = store.run_dir("c")
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert path.parent.parent.parent == Path(store.run_dir)
+    assert path.parent.parent.parent == Path(store.run_path)
 
 
 def test_a_refused_import_leaves_the_store_as_it_was(tmp_path: Path, store: Store) -> None:
