@@ -111,6 +111,21 @@ class Descriptors:
         """`capacity`: at least 16, of which one operation may use half a dozen at a time."""
         self._capacity = capacity
         self._open: OrderedDict[Object, None] = OrderedDict()
+        self._trees: OrderedDict[Rootfs, None] = OrderedDict()
+
+    def entered(self, tree: "Rootfs") -> None:
+        """`tree` holds a descriptor of its root now. Beyond half the capacity those give it up that can."""
+        self._trees[tree] = None
+        for _ in range(8):
+            if len(self._trees) <= self._capacity // 2:
+                break
+            oldest = next(iter(self._trees))
+            if oldest is tree or not oldest.give_up():
+                self._trees.move_to_end(oldest)
+
+    def left(self, tree: "Rootfs") -> None:
+        """`tree` holds none any more."""
+        self._trees.pop(tree, None)
 
     def used(self, thing: Object) -> None:
         """`thing` has a descriptor and it was just used; the one not used for longest may be closed."""
@@ -288,6 +303,15 @@ class Rootfs(Branch):
         self.root.in_upper = opened.upper is not None
         if opened.upper is not None:
             self.root.fd = opened.upper.root
+            self._descriptors.entered(self)
+
+    def give_up(self) -> bool:
+        """Close all descriptors, to open them again when asked, if nothing is lost by it."""
+        held = (thing.is_orphan or thing.parent is None for thing in self._objects.values())
+        if self.in_use or any(held):
+            return False
+        self._release()
+        return True
 
     @property
     def attached(self) -> bool:
@@ -307,6 +331,7 @@ class Rootfs(Branch):
         for thing in self._objects.values():
             self._close_descriptor(thing)
         self.root.fd = -1
+        self._descriptors.left(self)
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.close()
@@ -427,7 +452,7 @@ class Rootfs(Branch):
         if self._opened is None:
             if self._is_detached:
                 raise Stale("the container is gone")
-            peeked = self._opener.peek()
+            peeked = self._opener.peek() if thing is self.root else None
             if peeked is not None:
                 return peeked
             self._take(self._opener.open())

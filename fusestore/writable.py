@@ -371,7 +371,11 @@ class WritableRootfs(Rootfs):
         if thing.format == stat.S_IFDIR:
             self._copy_up_directory(thing)
         elif thing.format == stat.S_IFREG:
-            yield from self._copy_up_file(thing, size)
+            self.begin_use()  # between its steps the tree stays open
+            try:
+                yield from self._copy_up_file(thing, size)
+            finally:
+                self.end_use()
         else:
             self._copy_up_special(thing)
 

@@ -287,3 +287,16 @@ def test_ln_makes_another_image_the_default(fresh: Mount, images: Images) -> Non
     fresh.fusestore("import", images.debian.source, "--name", "localhost/app:1").ok()
     fresh.sh("ln -sfn localhost/app:1 images/default && mkdir containers/a").ok()
     assert fresh.sh("cat containers/a/rootfs/upper/xattrs").ok() == "xattrs\n"
+
+
+def test_few_descriptors_serve_many_containers(unmounted: Mount) -> None:
+    """Trees that nobody uses give theirs up, and have them again when somebody comes back."""
+    script = "ulimit -n 256; exec fusestore mount $1"
+    unmounted.person.run("bash", "-c", script, "bash", unmounted.mountpoint, env=unmounted.environment).ok()
+    looks = """
+        for i in $(seq 200); do mkdir containers/$i && echo $i > containers/$i/rootfs/id || exit 1; done
+        ls -lR containers/*/workdir containers/*/rundir > /dev/null || exit 2
+        cat containers/*/rootfs/id | sort -n | uniq | wc -l; cat containers/*/rootfs/etc/hostname | wc -l
+    """
+    assert unmounted.sh(looks).ok() == "200\n200\n"
+    unmounted.umount()
