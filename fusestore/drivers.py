@@ -10,6 +10,7 @@ import itertools
 import os
 import resource
 import stat
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from .nodes import Attr
 from .rootfs import Descriptors, Opened, Opener, Rootfs
 from .store import Store
 from .union import LayerView, Lower
-from .upper import Upper, find_scheme
+from .upper import Scheme, Upper, find_scheme
 from .writable import WritableRootfs
 
 __all__ = ["DRIVERS", "UnionDriver"]
@@ -62,14 +63,21 @@ class UnionDriver:
         self._descriptors = Descriptors(max(64, limit // 4))
         self._serials = itertools.count()
         self._scratch = store.scratch()
-        self._scheme = find_scheme(self._scratch.fd)
+        self._run_scratch = tempfile.TemporaryDirectory(prefix="scratch-", dir=store.run_path)
+        self._homes: dict[int, tuple[int, Scheme]] = {}
+        """By device: a scratch directory there, and what that file system can say."""
+        self._run_fd = os.open(self._run_scratch.name, _DIRECTORY_FLAGS & ~os.O_PATH)
+        for fd in (self._run_fd, self._scratch.fd):
+            self._homes[os.fstat(fd).st_dev] = fd, find_scheme(fd)
 
     def close(self) -> None:
+        os.close(self._run_fd)
+        self._run_scratch.cleanup()
         self._scratch.close()
 
     def upper(self, root: int) -> Upper:
-        """The upper directory at the descriptor `root`, which stays the caller's."""
-        return Upper(root, self._scratch.fd, self._scheme)
+        """The upper directory at `root`, a descriptor in store or run directory that stays the caller's."""
+        return Upper(root, *self._homes[os.fstat(root).st_dev])
 
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> WritableRootfs:
         return self._writable(parent, _ContainerOpener(self, self._store, container_id), label)

@@ -27,8 +27,10 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
       trash/<unique>                  what was deleted; nothing in it is ever read
     <run>/                            0700, on a tmpfs if there is one
       <first 16 hex of sha256(real path of the store)>/
-        boot                          the boot id of the kernel: with another one the rest is from before a
-        reboot containers/<id>/mounted       exists while the container is started (pinned)
+        boot                          the boot id of the kernel: with another one the rest is from before
+                                      a reboot
+        containers/<id>/mounted       exists while the container is started (pinned)
+        scratch-<unique>/             what a mount makes for a rundir before it gets its name
         containers/<id>/rundir/       0700, made when first asked for
         mounts/<unique>               one live mount, flocked by its daemon
         mounts/<unique>.bell          its socket, where others say what they changed (mounts.Changed)

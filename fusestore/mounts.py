@@ -49,7 +49,10 @@ class Changed(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> "Changed":
         """Raises ValueError for what `encode` did not make."""
-        place, name = json.loads(data)
+        try:
+            place, name = json.loads(data)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(str(error)) from None
         return cls(str(place), str(name))
 
 

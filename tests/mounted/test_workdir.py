@@ -72,3 +72,17 @@ def test_workdir_goes_with_the_container(fresh: Mount) -> None:
 def test_workdir_is_a_directory_of_the_store(mounted: Mount, container: str) -> None:
     mounted.sh("echo x > containers/$1/workdir/x", container).ok()
     assert os.listdir(mounted.store / "containers" / container / "workdir") == ["x"]
+
+
+def test_rundir_may_lie_on_another_file_system(unmounted: Mount) -> None:
+    """As it does by default: /run is a tmpfs."""
+    run_dir = unmounted.person.run("mktemp", "-d", "-p", "/dev/shm").ok().strip()
+    place = ("--run-dir", run_dir)
+    try:
+        unmounted.fusestore("mount", *place, unmounted.mountpoint).ok()
+        script = "cd containers/$1/rundir && mkdir d && ln -s d l && mkfifo f && echo x > d/x && mv d e && ls"
+        unmounted.sh("mkdir containers/$1", "tmpfs").ok()
+        assert unmounted.sh(script, "tmpfs").ok().split() == ["e", "f", "l"]
+        unmounted.fusestore("umount", *place, unmounted.mountpoint).ok()
+    finally:
+        unmounted.person.run("rm", "-r", run_dir).ok()
