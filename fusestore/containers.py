@@ -376,7 +376,7 @@ class Containers:
         with self._workspace.intent({"names": suspects}):
             try:
                 yield
-            except Exception:
+            except (Exception, KeyboardInterrupt):
                 self.repair_names(suspects)
                 raise
 

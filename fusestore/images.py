@@ -333,7 +333,7 @@ class Images:
         with self._workspace.intent({"loose": loose}):
             try:
                 yield
-            except Exception:
+            except (Exception, KeyboardInterrupt):
                 self.sweep_locked(loose)
                 raise
 

@@ -355,3 +355,16 @@ def test_many_containers_are_listed_from_names_alone(store: Store, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("fusestore.containers.read_file", no_reading)
         assert (store.container_ids(), store.container_names()) == (["c"], {"web": "c"})
+
+
+def test_ctrl_c_between_renames_leaves_names_right(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create_container(container_id="c", container_name="known")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._containers), "_discard_run_locked", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.delete_container("c")
+    assert (store.container_ids(), store.container_names()) == ([], {})
