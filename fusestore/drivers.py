@@ -10,7 +10,6 @@ import itertools
 import os
 import resource
 import stat
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +51,7 @@ class _NothingHeld:
 
 
 class UnionDriver:
-    """The union in this process. One for a mount; `close` gives its scratch directory back."""
+    """The union in this process. One for a mount; `close` gives its scratch directories back."""
 
     name = "union"
 
@@ -63,16 +62,14 @@ class UnionDriver:
         self._descriptors = Descriptors(max(64, limit // 4))
         self._serials = itertools.count()
         self._scratch = store.scratch()
-        self._run_scratch = tempfile.TemporaryDirectory(prefix="scratch-", dir=store.run_path)
+        self._run_scratch = store.run_scratch()
         self._homes: dict[int, tuple[int, Scheme]] = {}
         """By device: a scratch directory there, and what that file system can say."""
-        self._run_fd = os.open(self._run_scratch.name, _DIRECTORY_FLAGS & ~os.O_PATH)
-        for fd in (self._run_fd, self._scratch.fd):
+        for fd in (self._run_scratch.fd, self._scratch.fd):
             self._homes[os.fstat(fd).st_dev] = fd, find_scheme(fd)
 
     def close(self) -> None:
-        os.close(self._run_fd)
-        self._run_scratch.cleanup()
+        self._run_scratch.close()
         self._scratch.close()
 
     def upper(self, root: int) -> Upper:

@@ -30,7 +30,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         boot                          the boot id of the kernel: with another one the rest is from before
                                       a reboot
         containers/<id>/mounted       exists while the container is started (pinned)
-        scratch-<unique>/             what a mount makes for a rundir before it gets its name
+        tmp/<unique>                  as in the store: what a mount makes for a rundir before it has its name
         containers/<id>/rundir/       0700, made when first asked for
         mounts/<unique>               one live mount, flocked by its daemon
         mounts/<unique>.bell          its socket, where others say what they changed (mounts.Changed)
@@ -91,6 +91,7 @@ from .nodes import Digest
 __all__ = [
     "ANNOTATION_ID",
     "ANNOTATION_NAME",
+    "BELL_SUFFIX",
     "DEFAULT_TAG",
     "FORMAT_VERSION",
     "IMAGE_RECORD_VERSION",
@@ -113,6 +114,9 @@ ANNOTATION_ID = "io.fusestore.image.id"
 
 INTENT = "intent"
 """Name of the file, in a directory of tmp/, that says what a change of several renames is about to touch."""
+
+BELL_SUFFIX = ".bell"
+"""How the name of a mount's socket ends, in mounts/."""
 
 DEFAULT_TAG = "default"
 """The image of a container that is made without naming one."""
@@ -278,12 +282,16 @@ class RunLayout:
         return _join(self.root, f"mount-{hashlib.sha256(mountpoint).hexdigest()[:8]}.log")
 
     @property
+    def tmp(self) -> str:
+        return _join(self.root, "tmp")
+
+    @property
     def trash(self) -> str:
         return _join(self.root, "trash")
 
     @property
     def directories(self) -> tuple[str, ...]:
-        return (self.containers, self.mounts, self.trash)
+        return (self.containers, self.mounts, self.tmp, self.trash)
 
     def container(self, container_id: str) -> str:
         return _join(self.containers, container_id)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from .durable import discard
 from .errors import StoreUnusable
-from .layout import RunLayout
+from .layout import BELL_SUFFIX, RunLayout
 
 __all__ = ["BELL_MAX", "Changed", "MountRecord", "Mounts", "forget_former_boot", "is_of_this_boot"]
 
@@ -29,7 +29,6 @@ BELL_MAX = 1 << 12
 """Bytes of what is said at a bell."""
 
 _RECORD_MAX = 1 << 16
-_BELL = ".bell"
 _PATIENCE_S = 1.0
 
 _log = logging.getLogger("fusestore")
@@ -80,7 +79,7 @@ class MountRecord:
         if self._fd >= 0:
             if self.bell is not None:
                 self.bell.close()
-            for path in (self._path + _BELL, self._path):
+            for path in (self._path + BELL_SUFFIX, self._path):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
             os.close(self._fd)
@@ -125,12 +124,12 @@ class Mounts:
         bell = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with self._short_path() as directory:
-                bell.bind(f"{directory}/{name}{_BELL}")
+                bell.bind(f"{directory}/{name}{BELL_SUFFIX}")
             bell.listen()
         except BaseException:
             bell.close()
             raise
-        self._own.add(name + _BELL)
+        self._own.add(name + BELL_SUFFIX)
         return bell
 
     @contextlib.contextmanager
@@ -144,7 +143,7 @@ class Mounts:
 
     def announce(self, changed: Changed) -> None:
         """Tell every mount but this process's own, and wait until it no longer shows what was before."""
-        bells = [name for name in os.listdir(self._directory) if name.endswith(_BELL)]
+        bells = [name for name in os.listdir(self._directory) if name.endswith(BELL_SUFFIX)]
         for name in set(bells) - self._own:
             try:
                 self._ring(name, changed)
@@ -169,7 +168,7 @@ class Mounts:
         """Newest last. Removes the files of those that ended without closing theirs."""
         found = []
         for name in os.listdir(self._directory):
-            if name.endswith(_BELL):
+            if name.endswith(BELL_SUFFIX):
                 continue
             path = f"{self._directory}/{name}"
             try:
@@ -186,7 +185,7 @@ class Mounts:
                     found.append((started_ns, name, entry))
             else:
                 if not name.startswith("."):
-                    for left in (path, path + _BELL):
+                    for left in (path, path + BELL_SUFFIX):
                         with contextlib.suppress(FileNotFoundError):
                             os.unlink(left)
             finally:

@@ -87,6 +87,7 @@ class Store:
         self._layout = layout
         self._run = run
         self._workspace = Workspace(tmp=layout.tmp, trash=layout.trash, lock=layout.lock)
+        self._run_workspace = Workspace(tmp=run.tmp, trash=run.trash, lock=layout.lock)
         self._containers = Containers(layout, run, self._workspace)
         self._images = Images(layout, self._workspace)
         self._layers = LayerFiles(layout, self._workspace, cache_size)
@@ -427,6 +428,10 @@ class Store:
         """A private directory on the filesystem of the containers; the caller closes it."""
         return self._workspace.scratch()
 
+    def run_scratch(self) -> Scratch:
+        """The same on the filesystem of the run directory, for what becomes part of a rundir."""
+        return self._run_workspace.scratch()
+
     def empty_trash(self) -> None:
         """Gives back the space of what was deleted, by whomever. Takes as long as there is to delete."""
         self._workspace.empty_trash()
@@ -458,6 +463,8 @@ class Store:
 
     def _recover(self) -> None:
         """Finishes or undoes what a crash interrupted."""
+        for scratch in self._run_workspace.dead():
+            scratch.close()
         for scratch in self._workspace.dead():
             with scratch:
                 self._leaves_trash = True
