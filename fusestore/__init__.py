@@ -12,21 +12,24 @@ below it (setup.cfg, checked by import-linter)::
                                                        containerdir     one container's directory
                                                        documentfile     metadata.json as it is written
                                                        scratchfile      files beside it, in memory
-    synthetic               made-up objects of the tree
     drivers                 how a rootfs comes into the tree: union
     writable                changes in a rootfs: copy-up, whiteouts, renames
     rootfs                  looking and reading in a rootfs
     check                   verifies a store
     store                   images and containers on disk: the Python API
-    images                  index.json, blobs, layers      containers    directories, documents, names
-    sources                 what an import reads           oci           manifests and configs
+    importer                an image comes in, staged
+    images                  index.json and what it reaches
+    containers              directories, documents         layerfiles    opened layers, derived files
+                                                           mounts        live mounts, and what they are told
+    sources                 what an import reads
     upper                   one container's diff/          blobs         a layer's bytes: ingest, LayerReader
     union                   layers + upper → names         spancache     what was decompressed, on disk
     streams, seek           compressed streams and the points where reading can start
     layer                   tar entries → a layer's index
     layerindex, tar         the index file, read where touched; the tar scanner
-    metadata                the rules of metadata.json
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
+    metadata                the rules of metadata.json     oci           manifests and configs
+    synthetic               made-up objects of the tree
     inodes                  nodes, lookup counts, handles
     names, syscalls         names checked once; system calls Python lacks
     layout                  THE ON-DISK FORMAT

@@ -26,11 +26,12 @@ __all__ = [
 ]
 
 BLOCK_SIZE = 512
+"""The unit of st_blocks, in bytes."""
+
 SHARED_S = 1.0
 """How long the kernel may keep what other processes change too. They say when they do (`fusestore.mounts`);
 this bounds what remains if one dies before it has.
 """
-"""The unit of st_blocks, in bytes."""
 
 MANY_LINKS = 1
 """The link count of a directory that does not count its subdirectories: btrfs says it, find(1) knows it."""
