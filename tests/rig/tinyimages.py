@@ -2,26 +2,15 @@
 
 import gzip
 import hashlib
-import io
 import json
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["CREATED", "make_layout", "make_tar"]
+from rig.ocisources import tar_of
+
+__all__ = ["CREATED", "make_layout"]
 
 CREATED = "2024-02-03T04:05:06.000000007Z"
-
-
-def make_tar(files: Mapping[str, bytes]) -> bytes:
-    """A tar of regular files."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return out.getvalue()
 
 
 def make_layout(path: Path, ref: str, layers: Sequence[Mapping[str, bytes]]) -> str:
@@ -38,7 +27,7 @@ def make_layout(path: Path, ref: str, layers: Sequence[Mapping[str, bytes]]) -> 
             "size": len(data),
         }
 
-    tars = [make_tar(files) for files in layers]
+    tars = [tar_of(files) for files in layers]
     config = {
         "created": CREATED,
         "architecture": "amd64",

@@ -8,13 +8,13 @@ import io
 import os
 import random
 import shutil
-import tarfile
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rig.ocisources import tar_of
 from rig.streams import STREAMS, content
 
 from fusestore import blobs
@@ -29,17 +29,7 @@ LARGE = 1 << 30
 FILES = {f"dir/file{number}": content(number * 90_001, seed=number) for number in range(11)}
 
 
-def _tar(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return out.getvalue()
-
-
-TAR = _tar(FILES)
+TAR = tar_of(FILES)
 COMPRESSORS = {"plain": lambda plain: plain} | {name: make for name, (_, make) in STREAMS.items()}
 SEEKABLE = [name for name in COMPRESSORS if name != "plain"]
 
@@ -152,7 +142,7 @@ class Trickle(io.BytesIO):
 
 @pytest.mark.parametrize("name", ["plain", "gzip 6", "zstd"])
 def test_a_source_may_give_less_than_it_is_asked_for(name):
-    blob = COMPRESSORS[name](_tar({"a": b"x" * 1000}))
+    blob = COMPRESSORS[name](tar_of({"a": b"x" * 1000}))
     assert ingest(Trickle(blob)) == ingest(io.BytesIO(blob))
 
 
@@ -194,7 +184,7 @@ def test_refused(name):
 
 @pytest.mark.parametrize("name", ["gzip 9", "zstd 19"])
 def test_a_bomb_is_refused_at_its_limit_and_read_no_further(name):
-    bomb = COMPRESSORS[name](_tar({"zeros": bytes(80 << 20)}))
+    bomb = COMPRESSORS[name](tar_of({"zeros": bytes(80 << 20)}))
     sunk = []
     with pytest.raises(LayerRefused, match="limit: total"):
         ingest(io.BytesIO(bomb + bytes(10 << 20)), sink=sunk.append, limits=TarLimits(total=1 << 20))
@@ -410,7 +400,7 @@ def test_an_empty_tar_may_lack_all_of_it():
 
 
 def test_the_end_blocks_may_have_a_record_of_their_own():
-    tar = _tar({"file": bytes(10_240 - 512)})
+    tar = tar_of({"file": bytes(10_240 - 512)})
     assert len(tar) == 20_480
     blob = COMPRESSORS["zstd"](tar[:10_240])
     assert ingest(io.BytesIO(blob), expected_diff_id=sha256(tar)).tar_size == 20_480
@@ -521,7 +511,7 @@ def test_damage_is_an_error_of_its_span_and_of_no_other(layer, name):
 
 def test_damage_that_decodes_spares_the_spans_behind_it_in_its_run(tmp_path):
     """One frame, of blocks that are not compressed."""
-    tar = _tar({"noise": random.Random(1).randbytes(5_000_000)})
+    tar = tar_of({"noise": random.Random(1).randbytes(5_000_000)})
     blob = bytearray(STREAMS["zstd"][1](tar))
     result = ingest(io.BytesIO(blob))
     blob[1_000_000] ^= 1

@@ -8,18 +8,15 @@ from pathlib import Path
 
 import pytest
 from rig.ocisources import SourceMaker, tar_of
-from rig.stores import Unsynced, open_at
+from rig.stores import open_at
 
-from fusestore import durable
 from fusestore.check import Finding, check
 from fusestore.store import Store
 
 BASE, APP = tar_of({"etc/passwd": b"root" * 500}), tar_of({"app": b"1"}, {"link": "app"})
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "disk", Unsynced())
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture

@@ -5,16 +5,13 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rig.ocisources import SourceMaker, tar_of
-from rig.stores import Unsynced, open_at
 
 from fusestore import durable
-from fusestore.check import check
 from fusestore.errors import (
     BadDocument,
     BadInput,
@@ -26,32 +23,7 @@ from fusestore.errors import (
 )
 from fusestore.store import Store
 
-BASE = tar_of({"etc/passwd": b"root"})
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> str:
-    maker = SourceMaker()
-    return maker.add(maker.image([BASE, tar_of({"app": b"1"})]), "one").directory(tmp_path / "one")
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> str:
-    """Shares its lower layer with `one`."""
-    maker = SourceMaker()
-    return maker.add(maker.image([BASE, tar_of({"app": b"2"})]), "two").directory(tmp_path / "two")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "disk", Unsynced())
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_at(tmp_path) as opened:
-        yield opened
-        assert check(opened) == []
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 def test_default_places_and_modes(store: Store) -> None:

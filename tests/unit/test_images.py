@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import zstandard
 from rig.ocisources import OCI, SourceMaker, digest, docker_archive, tar_of
-from rig.stores import Unsynced, open_at
+from rig.stores import open_at
 
-from fusestore import durable
 from fusestore.check import check
 from fusestore.errors import BadName, BadSource, Busy, Exists, LayerRefused, NotFound, StoreDamaged
 from fusestore.store import Image, Store
@@ -21,17 +20,13 @@ from fusestore.store import Image, Store
 BASE, APP, OTHER = tar_of({"etc/passwd": b"root"}), tar_of({"app": b"1"}), tar_of({"app": b"2"})
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "disk", Unsynced())
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_at(tmp_path) as opened:
-        yield opened
-        assert check(opened) == []
-        assert os.listdir(tmp_path / "store/tmp") == []
+def store(store: Store) -> Iterator[Store]:
+    yield store
+    assert os.listdir(os.path.join(store.path, "tmp")) == []
 
 
 def layout(path: Path, *tars: bytes, name: str | None = "x:1") -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from rig.tinyimages import make_layout, make_tar
+from rig.ocisources import tar_of
+from rig.tinyimages import make_layout
 from rig.treeshell import CALLER, OWNER, TreeShell
 
 from fusestore import errors
@@ -96,12 +97,12 @@ def test_metadata_lists_the_names(shell: TreeShell, app: str) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_tar_is_the_uncompressed_layer(shell: TreeShell, app: str, number: int) -> None:
-    assert shell.read(f"images/{app}/layers/{number}/tar") == make_tar(LAYERS[number])
+    assert shell.read(f"images/{app}/layers/{number}/tar") == tar_of(LAYERS[number])
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_blob_is_the_layer_as_stored(shell: TreeShell, app: str, number: int) -> None:
-    assert gzip.decompress(shell.read(f"images/{app}/layers/{number}/blob")) == make_tar(LAYERS[number])
+    assert gzip.decompress(shell.read(f"images/{app}/layers/{number}/blob")) == tar_of(LAYERS[number])
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,14 @@
 import json
 import os
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rig.ocisources import SourceMaker, tar_of
 from rig.requirements import need
-from rig.stores import Unsynced, open_at
+from rig.stores import open_at
 
-from fusestore import durable
-from fusestore.check import check
 from fusestore.errors import (
     LayerRefused,
     NotFound,
@@ -21,32 +18,9 @@ from fusestore.errors import (
 )
 from fusestore.store import Store
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 BASE = tar_of({"etc/passwd": b"root"})
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> str:
-    maker = SourceMaker()
-    return maker.add(maker.image([BASE, tar_of({"app": b"1"})]), "one").directory(tmp_path / "one")
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> str:
-    """Shares its lower layer with `one`."""
-    maker = SourceMaker()
-    return maker.add(maker.image([BASE, tar_of({"app": b"2"})]), "two").directory(tmp_path / "two")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "disk", Unsynced())
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_at(tmp_path) as opened:
-        yield opened
-        assert check(opened) == []
 
 
 def test_nothing_there(tmp_path: Path) -> None:

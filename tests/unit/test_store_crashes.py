@@ -7,32 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rig.ocisources import SourceMaker, tar_of
-from rig.stores import Crash, Dying, Failing, Unsynced, open_at
+from rig.stores import Crash, Dying, Failing, open_at
 
 from fusestore import durable
 from fusestore.check import check
 from fusestore.store import Store
 
-BASE = tar_of({"etc/passwd": b"root"})
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> str:
-    maker = SourceMaker()
-    return maker.add(maker.image([BASE, tar_of({"app": b"1"})]), "one").directory(tmp_path / "one")
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> str:
-    """Shares its lower layer with `one`."""
-    maker = SourceMaker()
-    return maker.add(maker.image([BASE, tar_of({"app": b"2"})]), "two").directory(tmp_path / "two")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "disk", Unsynced())
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 def state(store: Store) -> dict[str, object]:
