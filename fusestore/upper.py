@@ -360,12 +360,15 @@ class Upper:
                 os.link(self._whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
                 return temporary
             except OSError as error:
-                if error.errno not in (errno.EMLINK, errno.EPERM):
+                if error.errno not in (errno.EMLINK, errno.EPERM, errno.ENOENT):
                     raise
-                os.unlink(self._whiteout, dir_fd=self._scratch)
-        self._whiteout = self._temporary()
-        os.mknod(self._whiteout, stat.S_IFCHR, WHITEOUT_RDEV, dir_fd=self._scratch)
-        os.link(self._whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._whiteout, dir_fd=self._scratch)
+                self._whiteout = None
+        whiteout = self._temporary()
+        os.mknod(whiteout, stat.S_IFCHR, WHITEOUT_RDEV, dir_fd=self._scratch)
+        self._whiteout = whiteout
+        os.link(whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
         return temporary
 
     # Moving

@@ -240,21 +240,38 @@ def test_all_whiteouts_are_one_inode(place: Place) -> None:
     assert (place.path / "a").stat().st_ino == (place.path / "b").stat().st_ino
 
 
-def test_a_whiteout_with_too_many_links_gets_a_successor(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reason", [errno.EMLINK, errno.ENOENT])
+def test_a_whiteout_that_takes_no_more_links_gets_a_successor(
+    place: Place, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
     place.upper.put_whiteout(place.root, b"a", replaces=False)
-    link, refusals = os.link, [errno.EMLINK]
+    link, refusals = os.link, [reason]
+    if reason == errno.ENOENT:
+        (place.scratch / os.fsdecode(place.upper._whiteout or b"")).unlink()
 
     def full(*arguments: object, **more: object) -> None:
         if refusals:
-            raise OSError(refusals.pop(), "too many links")
+            raise OSError(refusals.pop(), "no more links")
         link(*arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "link", full)
     place.upper.put_whiteout(place.root, b"b", replaces=False)
     assert _is_whiteout(place.path / "b")
     assert (place.path / "a").stat().st_ino != (place.path / "b").stat().st_ino
+
+
+def test_a_whiteout_that_could_not_be_made_is_made_the_next_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mknod", full)
+        with pytest.raises(OSError, match="no space"):
+            place.upper.put_whiteout(place.root, b"a", replaces=False)
+    place.upper.put_whiteout(place.root, b"a", replaces=False)
+    assert _is_whiteout(place.path / "a")
 
 
 @pytest.mark.parametrize("leave_whiteout", [True, False])
