@@ -15,6 +15,7 @@ their attributes from the next layer down that has an entry, as unpacking tar ov
 A hard link to a file of a lower layer is that file: the name leads to the lower reference.
 """
 
+import itertools
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -175,22 +176,24 @@ class Lower:
 
         An opaque marker hides what a directory holds, not the directory: the search goes on below it.
         """
-        for ref in stack:
-            if not self.layers[ref.layer].is_implicit(ref.ino):
+        for ref in itertools.chain(stack, self._hidden_under(stack[-1])):
+            index = self.layers[ref.layer]
+            if not stat.S_ISDIR(index.mode(ref.ino)):
+                break
+            if not index.is_implicit(ref.ino):
                 return ref
-        last = stack[-1]
-        if not self.layers[last.layer].is_opaque(last.ino):
-            return stack[0]
-        below = self._below(last)
-        return self._speaker(below) if self.is_directory(below) else stack[0]
+        return stack[0]
 
-    def _below(self, last: Ref) -> Stack:
-        """What the layers under `last` have in place of that directory."""
-        if last.ino == LayerIndex.ROOT:
-            return self._roots(last.layer)
-        head, _, name = self.directory_path((last,)).rpartition(b"/")
+    def _hidden_under(self, directory: Ref) -> Iterator[Ref]:
+        """What the layers below an opaque `directory` have in its place, topmost first."""
+        if not self.layers[directory.layer].is_opaque(directory.ino):
+            return
+        if directory.ino == LayerIndex.ROOT:
+            yield from (Ref(number, LayerIndex.ROOT) for number in reversed(range(directory.layer)))
+            return
+        head, _, name = self.directory_path((directory,)).rpartition(b"/")
         siblings = self._candidates(self.walk(head), name)
-        return self._fold(ref for ref in siblings if ref.layer < last.layer)
+        yield from (ref for ref in siblings if ref.layer < directory.layer)
 
     def _count_subdirectories(self, stack: Stack) -> int:
         count = self._subdirectories.get(stack)

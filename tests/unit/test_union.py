@@ -123,6 +123,15 @@ def test_an_opaque_marker_keeps_the_directory_itself() -> None:
     assert (attr.mode, attr.nlink, lower.xattrs(stack)) == (stat.S_IFDIR | 0o700, 2, ((b"user.k", b"v"),))
 
 
+@pytest.mark.parametrize("path", [b"d", b""])
+def test_a_directory_speaks_through_any_number_of_opaque_markers(path: bytes) -> None:
+    marker = opaque(path) if path else Member(b".wh..wh..opq", b"0")
+    told = directory(path or b".", 0o700, uid=7)
+    lower = Lower([layer(told).index, *([layer(marker).index] * 2000)])
+    attr = lower.attr(lower.walk(path))
+    assert (stat.S_IMODE(attr.mode), attr.uid) == (0o700, 7)
+
+
 def test_an_opaque_marker_in_an_opaque_directory_keeps_nothing() -> None:
     lower = _lower([directory(b"d", 0o700), directory(b"d/e", 0o700)], [opaque(b"d"), opaque(b"d/e")])
     assert lower.attr(lower.walk(b"d/e")).mode == stat.S_IFDIR | 0o755
