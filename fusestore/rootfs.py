@@ -30,7 +30,8 @@ from .upper import Upper
 __all__ = ["Descriptors", "Object", "OpenFile", "Opened", "Opener", "Resolved", "Rootfs"]
 
 _SELINUX = b"security.selinux"
-_SERIAL_LIMIT = 1 << 21
+_SERIAL_LIMIT = (1 << 21) - 1
+"""The bit above is of the numbers that `Inodes.number` makes up."""
 _LAYER_OF_UPPER = 511
 
 
@@ -410,8 +411,10 @@ class Rootfs(Branch):
 
     def _number(self, key: Ref | int) -> int | None:
         """An inode number made of the place: 21 bits of tree, 9 of layer, 32 of inode there."""
-        layer, ino = (_LAYER_OF_UPPER, key) if isinstance(key, int) else key
-        if self._serial >= _SERIAL_LIMIT or layer > _LAYER_OF_UPPER or ino >= 1 << 32:
+        layer, ino = Ref(_LAYER_OF_UPPER, key) if isinstance(key, int) else key
+        if layer >= _LAYER_OF_UPPER and not isinstance(key, int):
+            return None
+        if self._serial >= _SERIAL_LIMIT or ino >= 1 << 32:
             return None
         return (self._serial + 1) << 41 | layer << 32 | ino
 

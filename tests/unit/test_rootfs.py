@@ -17,7 +17,7 @@ from fusestore.layer import LayerBuilder
 from fusestore.layerindex import LayerIndex
 from fusestore.nodes import Attr, Extent, Inode, TarEntry
 from fusestore.rootfs import Descriptors, Opened, Rootfs
-from fusestore.union import Lower
+from fusestore.union import Lower, Ref
 
 pytestmark = pytest.mark.root
 
@@ -131,6 +131,20 @@ def test_numbers_of_two_trees_differ() -> None:
         for rootfs in (_read_only(file(b"a"), serial=n) for n in (0, 1, 7))
     ]
     assert len(set(numbers)) == 3
+
+
+def test_no_layer_shares_the_numbers_of_the_upper() -> None:
+    rootfs = _read_only()
+    upper, last = rootfs._number(7), rootfs._number(Ref(510, 7))
+    assert upper is not None and last is not None and upper != last
+    assert rootfs._number(Ref(511, 7)) is None
+
+
+def test_no_tree_shares_the_numbers_made_up_for_those_without() -> None:
+    made_up = Inodes().number()
+    numbers = [_read_only(serial=(1 << 21) - past)._number(0) for past in (1, 2)]
+    assert numbers[0] is None
+    assert numbers[1] is not None and numbers[1] < made_up
 
 
 def test_a_tree_with_a_serial_beyond_the_bits_has_numbers_too() -> None:
