@@ -440,7 +440,23 @@ class Upper:
         """A copy of a lower symbolic link (to `target`), device, FIFO or socket."""
         return self._copy(directory, name, attr, xattrs, target)
 
+    def copy_nameless(self, attr: Attr, xattrs: Xattrs, target: bytes | None) -> int:
+        """A copy that no directory has, of a lower directory or special object that is open and removed."""
+        staged = self._stage_copy(attr, xattrs, target)
+        try:
+            return self.open(self._scratch, staged)
+        finally:
+            self._unstage_copy(staged, attr)
+
     def _copy(self, directory: int, name: bytes, attr: Attr, xattrs: Xattrs, target: bytes | None) -> int:
+        staged = self._stage_copy(attr, xattrs, target)
+        try:
+            return self.publish(staged, directory, name)
+        except BaseException:
+            self._unstage_copy(staged, attr)
+            raise
+
+    def _stage_copy(self, attr: Attr, xattrs: Xattrs, target: bytes | None) -> bytes:
         staged = self._temporary()
         if target is not None:
             os.symlink(target, staged, dir_fd=self._scratch)
@@ -451,10 +467,13 @@ class Upper:
         try:
             with self._opened(self._scratch, staged) as fd:
                 self.dress_copy(fd, attr, xattrs)
-            return self.publish(staged, directory, name)
         except BaseException:
-            (os.rmdir if stat.S_ISDIR(attr.mode) else os.unlink)(staged, dir_fd=self._scratch)
+            self._unstage_copy(staged, attr)
             raise
+        return staged
+
+    def _unstage_copy(self, staged: bytes, attr: Attr) -> None:
+        (os.rmdir if stat.S_ISDIR(attr.mode) else os.unlink)(staged, dir_fd=self._scratch)
 
     # How things are stored
 

@@ -34,7 +34,7 @@ from .errors import (
     ReadOnly,
 )
 from .inodes import Caller, Changes, FileHandle, Maybe, Node, Steps
-from .nodes import WHITEOUT_RDEV, Extent
+from .nodes import WHITEOUT_RDEV, Attr, Extent, Xattrs
 from .rootfs import Object, OpenFile, Rootfs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from .upper import Scheme, Upper
@@ -368,14 +368,17 @@ class WritableRootfs(Rootfs):
         """
         if thing.in_upper:
             return
-        if thing.format == stat.S_IFDIR:
-            self._copy_up_directory(thing)
-        elif thing.format == stat.S_IFREG:
+        if thing.format == stat.S_IFREG:
             self.begin_use()  # between its steps the tree stays open
             try:
                 yield from self._copy_up_file(thing, size)
             finally:
                 self.end_use()
+        elif thing.is_orphan:
+            attr, xattrs, target = self._copied(thing)
+            self._keep_orphan(thing, self._upper.copy_nameless(attr, xattrs, target))
+        elif thing.format == stat.S_IFDIR:
+            self._copy_up_directory(thing)
         else:
             self._copy_up_special(thing)
 
@@ -393,8 +396,7 @@ class WritableRootfs(Rootfs):
                 attr = replace(attr, mtime_ns=time.time_ns())
             upper.dress_copy(fd, attr, self._lower.xattrs(stack))
             if thing.is_orphan:
-                thing.fd = upper.reopen(fd, os.O_PATH)
-                thing.in_upper, thing.stack = True, ()
+                self._keep_orphan(thing, upper.reopen(fd, os.O_PATH))
             else:
                 places = self.places(thing)
                 self._enter_upper(thing, places, lambda at, name: upper.publish(staged, at, name))
@@ -403,12 +405,19 @@ class WritableRootfs(Rootfs):
             with contextlib.suppress(FileNotFoundError):  # where it was published
                 upper.unstage(staged)
 
+    def _keep_orphan(self, thing: Object, fd: int) -> None:
+        """`fd`, an object of the upper without a name, is what `thing` is from now on."""
+        thing.fd, thing.in_upper, thing.stack = fd, True, ()
+
+    def _copied(self, thing: Object) -> tuple[Attr, Xattrs, bytes | None]:
+        """Of a lower object what a copy of it has, but for content: attributes, xattrs, a link's target."""
+        lower, stack = self._lower, thing.stack
+        target = lower.target(stack) if thing.format == stat.S_IFLNK else None
+        return lower.attr(stack), lower.xattrs(stack), target
+
     def _copy_up_special(self, thing: Object) -> None:
-        if thing.is_orphan:
-            raise NotFound("no such file or directory")
-        upper, stack = self._upper, thing.stack
-        attr, xattrs = self._lower.attr(stack), self._lower.xattrs(stack)
-        target = self._lower.target(stack) if thing.format == stat.S_IFLNK else None
+        upper = self._upper
+        attr, xattrs, target = self._copied(thing)
         places = self.places(thing)
         self._enter_upper(thing, places, lambda at, name: upper.copy_special(at, name, attr, xattrs, target))
 
@@ -427,7 +436,7 @@ class WritableRootfs(Rootfs):
     def _copy_directory(self, thing: Object) -> None:
         upper, parent = self._upper, thing.parent
         assert parent is not None, "the root is in the upper"
-        attr, xattrs = self._lower.attr(thing.stack), self._lower.xattrs(thing.stack)
+        attr, xattrs, _ = self._copied(thing)
         self._enter_upper(
             thing, [(parent, thing.name)], lambda at, name: upper.copy_directory(at, name, attr, xattrs)
         )

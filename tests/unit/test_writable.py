@@ -360,6 +360,26 @@ def test_an_unlinked_upper_file_is_kept_though_its_descriptor_was_closed(kernel:
     assert kernel.held(1) == (0, b"content")
 
 
+@pytest.mark.parametrize("scheme", list(Scheme))
+@pytest.mark.parametrize("path", [b"empty", b"fifo", b"null", b"s"])
+def test_what_was_removed_while_open_can_be_changed(path: bytes, scheme: Scheme) -> None:
+    area = Area([layer(*_IMAGE)], scheme)
+    kernel = area.kernel()
+    rootfs, thing = kernel.rootfs, kernel.node(path)
+    kernel._inodes.remember(thing)  # as an open descriptor does
+    (kernel.rmdir if path == b"empty" else kernel.unlink)(path)
+    mode = 0o777 if path == b"s" else 0o700
+    changes = Changes(mtime_ns=5) if path == b"s" else Changes(mtime_ns=5, mode=mode)
+    run(rootfs.setattr(thing, changes, CALLER))
+    attr = rootfs.attr(thing)
+    assert (attr.nlink, attr.mtime_ns, stat.S_IMODE(attr.mode)) == (0, 5, mode)
+    assert _is_whiteout(area.diff / os.fsdecode(path))
+    assert errno_from(kernel.node, path) == errno.ENOENT
+    kernel._inodes.forget(thing.ino, 1)
+    kernel.detach()
+    area.close()
+
+
 def test_an_orphan_gets_no_new_name(kernel: FakeKernel) -> None:
     kernel.hold(1, b"d/a", False)
     kernel.unlink(b"d/a")
