@@ -6,6 +6,7 @@ below it (setup.cfg, checked by import-linter)::
     cli                     the commands; the only place that prints and reads argv and the environment
     daemon                  the background process of a mount
     mount                   one mount's life: start, serve, signals, unmount               trio
+    mountpoint              what is in its way, what is there, how it is taken away
     fuse                    pyfuse3's operations: decode, one call, encode; the errors     trio, pyfuse3
     tree                    what the mountpoint shows, by inode number
     imagetree               /images                    containertree    /containers

@@ -23,6 +23,7 @@ import click
 from . import daemon
 from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout, default_run_dir, default_store_dir
+from .mountpoint import check_mountpoint, unmount
 from .store import Image, Store
 
 __all__ = ["main", "printable"]
@@ -172,7 +173,7 @@ def _mount(
     Returns when the mount answers. Its log is the file mount-….log in the store's part of the run directory.
     """
     mountpoint = os.path.abspath(mountpoint)
-    daemon.check_mountpoint(mountpoint, places.store)
+    check_mountpoint(mountpoint, store=places.store, run_dir=places.run_dir)
     daemon.check_permission(allow_other=allow_other)
 
     def serve(ready: Callable[[], None]) -> None:
@@ -197,10 +198,8 @@ def _umount(places: _Places, mountpoint: str) -> None:
 
     The mount's process has gone then, too. Fails while something in MOUNTPOINT is in use.
     """
-    from . import mount
-
     with places.open() as store:
-        mount.unmount(store, os.path.abspath(mountpoint))
+        unmount(store, os.path.abspath(mountpoint))
 
 
 @_command

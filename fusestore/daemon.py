@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from .errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted, StoreUnusable
+from .errors import AccessDenied, FusestoreError, StoreUnusable
 
-__all__ = ["check_mountpoint", "check_permission", "describe", "detach", "log_to"]
+__all__ = ["check_permission", "describe", "detach", "log_to"]
 
 _READY = b"ready"
 _FUSE_DEVICE = "/dev/fuse"
@@ -28,29 +28,6 @@ def describe(error: BaseException) -> str:
         where = error.filename if error.filename is not None else ""
         return f"{os.fsdecode(where)}: {error.strerror}" if where else error.strerror
     return str(error)
-
-
-def check_mountpoint(mountpoint: str, store_path: str) -> None:
-    """Raises a FusestoreError that says what to do where a mount of that store cannot or must not be."""
-    try:
-        # Opened, not only looked at: the kernel knows the attributes of a mount whose daemon died.
-        os.close(os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except FileNotFoundError:
-        raise NotFound(f"{mountpoint} does not exist: mkdir it first") from None
-    except NotADirectoryError:
-        raise NotADirectory(f"{mountpoint} is not a directory") from None
-    except OSError as error:
-        raise Busy(
-            f"{mountpoint}: {error.strerror}: if it is what a dead mount left, fusermount3 -uz {mountpoint}"
-        ) from None
-    real, store = os.path.realpath(mountpoint), os.path.realpath(store_path)
-    if os.path.ismount(real):
-        raise Busy(f"{mountpoint} is a mount point already: fusestore umount {mountpoint}, or choose another")
-    if os.path.commonpath([real, store]) in (real, store):
-        # The daemon would reach its own files through itself, and hang.
-        raise NotPermitted(
-            f"{mountpoint} and the store {store_path} lie in each other: choose another mount point"
-        )
 
 
 def check_permission(*, allow_other: bool) -> None:

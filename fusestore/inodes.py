@@ -327,6 +327,11 @@ class Handles:
     def file(self, number: int) -> FileHandle:
         return cast(FileHandle, self._handles[number])
 
+    def open_files(self) -> set[Inode]:
+        """The files that the kernel may hold unwritten pages of."""
+        handles = self._handles.values()
+        return {one.node.ino for one in handles if isinstance(one, FileHandle) and not one.direct_io}
+
     def directory(self, number: int) -> DirHandle:
         return cast(DirHandle, self._handles[number])
 

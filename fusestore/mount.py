@@ -7,30 +7,31 @@ timers waiting: both rules are in `_RequestWait.wait_readable`.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import resource
 import select
 import signal
-import subprocess
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pyfuse3
 import trio
 
 from .drivers import DRIVERS, UnionDriver
-from .errors import BadInput, Busy, FusestoreError, NotFound
+from .errors import BadInput, Busy, FusestoreError
 from .fuse import Filesystem
 from .inodes import Inodes
+from .mountpoint import detach
 from .mounts import BELL_MAX, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
-from .syscalls import umount2
+from .syscalls import syncfs
 from .tree import Tree
 
-__all__ = ["run", "unmount"]
+__all__ = ["run"]
 
 _log = logging.getLogger("fusestore")
 
@@ -40,9 +41,8 @@ _PATIENCE_MS = 1
 """How long to block the loop for the next request while no other task could do anything."""
 _HEARING_S = 5.0
 _BELL_PAUSE_S = 0.1
-_UNMOUNT_TIMEOUT_S = 60.0
-_EXIT_TIMEOUT_S = 5.0
-_LEAVE = "leave it and close its files, then try again"
+_GRACE_S = 10.0
+_WRITE_BACK_S = 10.0
 
 
 class _NoLock:
@@ -112,8 +112,9 @@ def _stand_in(filesystem: Filesystem) -> types.SimpleNamespace:
 def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready: Callable[[], None]) -> None:
     """Mount the store's tree and serve it until it is unmounted; `ready` is called once it answers.
 
-    SIGTERM and SIGINT unmount. `driver` is a name of DRIVERS, or ``auto``. Raises FusestoreError where it
-    cannot be mounted. Only one mount can be served by a process (pyfuse3).
+    SIGTERM and SIGINT unmount (`_Departure`). What was written is on disk when it returns. `driver` is a name
+    of DRIVERS, or ``auto``. Raises FusestoreError where it cannot be mounted. Only one mount can be served by
+    a process (pyfuse3).
     """
     if driver != "auto" and driver not in DRIVERS:
         raise BadInput(f"no driver {driver}: use auto, {', '.join(DRIVERS)}")
@@ -134,15 +135,40 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
         filesystem = Filesystem(tree)
         stack.callback(setattr, pyfuse3, "trio", trio)
         setattr(pyfuse3, "trio", _stand_in(filesystem))  # noqa: B010 - not in its type stubs
-        try:
-            pyfuse3.init(filesystem, mountpoint, _options(allow_other))
-        except RuntimeError as error:
-            raise FusestoreError(f"{mountpoint} could not be mounted: {error}") from None
-        stack.callback(pyfuse3.close)
+        disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, disk)
+        stack.callback(_sync, disk)
+        departure = _Departure(mountpoint, tree)
+        _init(filesystem, mountpoint, allow_other)
+        stack.callback(lambda: pyfuse3.close(unmount=not departure.is_detached))
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
-        trio.run(_serve, record, tree, trash, ready)
+        trio.run(_serve, record, tree, trash, departure, ready)
     _log.info("unmounted %s", mountpoint)
+
+
+def _init(filesystem: Filesystem, mountpoint: str, allow_other: bool) -> None:
+    """Mounts. libfuse and fusermount3 say on standard error why they cannot: that goes into the exception."""
+    own = os.dup(2)
+    said = os.memfd_create("stderr")
+    os.dup2(said, 2)
+    try:
+        pyfuse3.init(filesystem, mountpoint, _options(allow_other))
+    except RuntimeError as error:
+        reasons = os.pread(said, 1 << 12, 0).decode(errors="replace").strip().splitlines() or [str(error)]
+        where = "choose an empty directory of your own" if os.geteuid() else "choose another directory"
+        raise FusestoreError(f"{mountpoint} could not be mounted ({reasons[-1]}): {where}") from None
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(said)
+
+
+def _sync(disk: int) -> None:
+    try:
+        syncfs(disk)
+    except OSError as error:
+        _log.error("the disk did not take all that was written: %s", error.strerror)
 
 
 def _options(allow_other: bool) -> set[str]:
@@ -179,9 +205,11 @@ class _Trash:
             self._wanted = trio.Event()
 
 
-async def _serve(record: MountRecord, tree: Tree, trash: _Trash, ready: Callable[[], None]) -> None:
+async def _serve(
+    record: MountRecord, tree: Tree, trash: _Trash, departure: "_Departure", ready: Callable[[], None]
+) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_unmount_on_signal)
+        nursery.start_soon(departure.run)
         nursery.start_soon(_answer_bell, record, tree)
         nursery.start_soon(_announce, record.mountpoint, ready)
         nursery.start_soon(trash.run)
@@ -230,46 +258,55 @@ def _invalidate(directory: int, name: bytes) -> None:
         pyfuse3.invalidate_inode(pyfuse3.InodeT(directory), attr_only=True)
 
 
-async def _unmount_on_signal() -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            _log.info("signal %d: unmounting", number)
-            pyfuse3.terminate()
-            return
+class _Departure:
+    """The end of a mount that a signal asks for.
 
-
-def unmount(store: Store, mountpoint: str) -> None:
-    """Unmount and wait until the daemon has gone and everything is on disk.
-
-    Raises NotFound where nothing of this store is mounted, Busy while something in it is in use.
+    The mount point is free at once. Whoever uses the mount is served until they let go, for `_GRACE_S` at
+    most, or until a second signal; then their unwritten pages are fetched from the kernel, and it is over.
     """
-    real = os.path.realpath(mountpoint)
-    pids = [record.pid for record in store.mounts() if record.mountpoint == real]
-    if not pids:
-        raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
-    with contextlib.ExitStack() as stack:
-        processes = []
-        with contextlib.suppress(ProcessLookupError):
-            processes = [os.pidfd_open(pid) for pid in pids]
-        for process in processes:
-            stack.callback(os.close, process)
-        _unmount(mountpoint, real)
-        deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
-        while any(record.mountpoint == real for record in store.mounts()):
-            if time.monotonic() > deadline:
-                raise Busy(f"{mountpoint} is unmounted but its process still runs: see its log")
-            time.sleep(0.01)
-        # What `run` was called by ends now, unless it has other things to do.
-        select.select(processes, [], [], _EXIT_TIMEOUT_S)
 
+    def __init__(self, mountpoint: str, tree: Tree) -> None:
+        self._mountpoint = mountpoint
+        self._tree = tree
+        self.is_detached = False
+        """The mount point may be another's by now."""
 
-def _unmount(mountpoint: str, real: str) -> None:
-    if os.geteuid() == 0:
+    async def run(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            _log.info("signal %d: unmounting", await signals.__anext__())
+            with trio.move_on_after(_GRACE_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._detach)
+                    await signals.__anext__()
+                    nursery.cancel_scope.cancel()
+        _log.warning("still in use: what is open there fails from now on")
+        with trio.move_on_after(_WRITE_BACK_S):
+            files = self._tree.handles.open_files()
+            await trio.to_thread.run_sync(_write_back, files, abandon_on_cancel=True)
+        pyfuse3.terminate()
+
+    async def _detach(self) -> None:
+        """In a thread: the kernel asks us to write what it holds."""
         try:
-            umount2(os.fsencode(real))
+            await trio.to_thread.run_sync(_detach, self._mountpoint, abandon_on_cancel=True)
+        except FusestoreError as error:
+            _log.error("%s", error)
+        else:
+            self.is_detached = True
+
+
+def _detach(mountpoint: str) -> None:
+    try:
+        detach(mountpoint)
+    except Busy:
+        detach(mountpoint, lazily=True)
+
+
+def _write_back(files: Iterable[int]) -> None:
+    """Blocking: has the kernel write what it holds of these files, also where they are mapped."""
+    for ino in files:
+        try:
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(ino))
         except OSError as error:
-            raise Busy(f"{mountpoint}: {error.strerror}: {_LEAVE}") from None
-    else:
-        done = subprocess.run(["fusermount3", "-u", real], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Busy(f"{mountpoint}: {done.stderr.strip()}: {_LEAVE}")
+            if error.errno != errno.ENOENT:  # it has forgotten the file
+                _log.error("inode %d: what the kernel held of it is lost: %s", ino, error)

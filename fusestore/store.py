@@ -555,7 +555,8 @@ def _prepare_run(run_dir: str | os.PathLike[str] | None, root: str) -> RunLayout
         raise StoreUnusable(
             f"{base} is not a directory of yours alone: remove it, or name another with --run-dir"
         )
-    run = run_layout(base, os.fsencode(root))
+    # A symlink that a mount hides later is not gone through again.
+    run = run_layout(os.path.realpath(base), os.fsencode(root))
     with contextlib.suppress(FileExistsError):
         os.mkdir(run.root, 0o700)
     for directory in run.directories:

@@ -3,17 +3,28 @@
 import ctypes
 import os
 
-__all__ = ["RENAME_EXCHANGE", "RENAME_NOREPLACE", "RENAME_WHITEOUT", "punch_hole", "renameat2", "umount2"]
+__all__ = [
+    "MNT_DETACH",
+    "RENAME_EXCHANGE",
+    "RENAME_NOREPLACE",
+    "RENAME_WHITEOUT",
+    "punch_hole",
+    "renameat2",
+    "syncfs",
+    "umount2",
+]
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
+MNT_DETACH = 2
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.syncfs.argtypes = [ctypes.c_int]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 
 
@@ -31,6 +42,11 @@ def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flag
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """fallocate(2), FALLOC_FL_PUNCH_HOLE: gives the blocks back, keeps the file's size."""
     _check(_libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length), b"fallocate")
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): the file system that `fd` is on. Raises what failed there since `fd` was opened."""
+    _check(_libc.syncfs(fd), b"syncfs")
 
 
 def umount2(target: bytes, flags: int = 0) -> None:

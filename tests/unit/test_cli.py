@@ -16,6 +16,7 @@ from rig.tinyimages import make_layout
 
 from fusestore import cli, daemon
 from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
+from fusestore.mountpoint import check_mountpoint
 
 ID = re.compile(r"[0-9a-f]{64}\n")
 
@@ -403,15 +404,29 @@ def test_an_end_after_ready_goes_to_the_log(tmp_path: Path) -> None:
         (lambda path: path.symlink_to("store"), NotPermitted),
         (lambda path: path.symlink_to("store/inside"), NotPermitted),
         (lambda path: path.symlink_to("."), NotPermitted),
+        (lambda path: path.symlink_to("run"), NotPermitted),
+        (lambda path: path.symlink_to("elsewhere"), NotPermitted),
+        (lambda path: path.symlink_to("layers"), NotPermitted),
+        (lambda path: path.symlink_to(Path(daemon.__file__).parent), NotPermitted),
     ],
 )
 def test_a_mount_point_that_cannot_be_is_refused(
     tmp_path: Path, make: Callable[[Path], None], error: type[FusestoreError]
 ) -> None:
     (tmp_path / "store/inside").mkdir(parents=True)
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "store/layers").symlink_to(tmp_path / "layers")
+    (tmp_path / "elsewhere/run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to("elsewhere/run")
     make(tmp_path / "mnt")
-    with pytest.raises(error):
-        daemon.check_mountpoint(str(tmp_path / "mnt"), str(tmp_path / "store"))
+    with pytest.raises(error, match=r"mkdir|choose"):
+        check_mountpoint(str(tmp_path / "mnt"), store=str(tmp_path / "store"), run_dir=str(tmp_path / "run"))
+
+
+def test_a_mount_point_beside_store_and_run_directory_is_fine(tmp_path: Path) -> None:
+    mountpoint = tmp_path / "run/mnt"
+    mountpoint.mkdir(parents=True)
+    check_mountpoint(str(mountpoint), store=str(tmp_path / "store"), run_dir=str(tmp_path / "run"))
 
 
 def test_a_closed_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,169 @@
+"""A mount point: what is in its way, what is mounted there, and how that is taken away. Blocking.
+
+A daemon must never reach its own files through its own mount: it would wait for itself, in a state that not
+even SIGKILL ends. `check_mountpoint` keeps whatever it touches out from under the mount point.
+
+A mount whose daemon died stays where it was and answers ENOTCONN. Nobody can do anything with it but take it
+away, so `check_mountpoint` and `unmount` do.
+"""
+
+import errno
+import os
+import re
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+from .errors import AccessDenied, Busy, NotADirectory, NotFound, NotPermitted
+from .layout import Layout, run_layout
+from .store import Store
+from .syscalls import MNT_DETACH, syncfs, umount2
+
+__all__ = ["check_mountpoint", "detach", "is_mounted", "unmount"]
+
+_OURS = "fuse.fusestore"
+_UNMOUNT_TIMEOUT_S = 60.0
+_EXIT_TIMEOUT_S = 5.0
+_POLL_S = 0.01
+_LEAVE = "leave it and close its files, then try again"
+
+
+def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
+    """Raises a FusestoreError that says what to do where a mount of that store cannot or must not be.
+
+    Takes away a dead mount that is in the way.
+    """
+    if not _is_usable(mountpoint) and not _clear_dead(mountpoint):
+        raise Busy(f"{mountpoint} is a dead mount, not of fusestore: fusermount3 -uz {mountpoint}")
+    real = os.path.realpath(mountpoint)
+    kind = _mounted(real)
+    if kind is not None:
+        way = f"fusestore umount {mountpoint}, or choose another" if kind == _OURS else "choose another"
+        raise Busy(f"{mountpoint} is a mount point already: {way}")
+    for what, path in _needed(store, run_dir):
+        if os.path.commonpath([real, path]) in (real, path):
+            raise NotPermitted(f"{mountpoint} and {what} lie in each other: choose another mount point")
+    for path in {os.path.realpath(__file__), os.path.realpath(os.__file__)}:
+        if os.path.commonpath([real, path]) == real:
+            raise NotPermitted(
+                f"{mountpoint} would hide fusestore itself, {path}: choose another mount point"
+            )
+
+
+def _is_usable(mountpoint: str) -> bool:
+    """False for a dead mount."""
+    try:
+        # Opened, not only looked at: the kernel knows the attributes of a mount whose daemon died.
+        os.close(os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise NotFound(f"{mountpoint} does not exist: mkdir it first") from None
+    except NotADirectoryError:
+        raise NotADirectory(f"{mountpoint} is not a directory: choose one") from None
+    except PermissionError:
+        raise AccessDenied(f"{mountpoint} is not open to you: choose a directory of your own") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise
+        return False
+    return True
+
+
+def _needed(store: str, run_dir: str) -> Iterator[tuple[str, str]]:
+    """What the daemon uses while it serves: what it is to people, and its real path."""
+    real = os.path.realpath(store)
+    run = run_layout(run_dir, os.fsencode(real))
+    for what, paths in (
+        (f"the store {store}", (real, *Layout(real).directories)),
+        (f"the run directory {run_dir}", (run.root, *run.directories)),
+    ):
+        for path in paths:
+            yield what, os.path.realpath(path)
+
+
+def is_mounted(real: str) -> bool:
+    """Whether anything is mounted at `real`, a path without symlinks. Asks no file system."""
+    return _mounted(real) is not None
+
+
+def _mounted(real: str) -> str | None:
+    """The type of the file system mounted at `real`, as proc_pid_mountinfo(5) has it."""
+    found = None
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields, _, more = line.partition(b" - ")
+            path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields.split()[4])
+            if path == os.fsencode(real):
+                found = more.split()[0].decode(errors="replace")
+    return found
+
+
+def _clear_dead(mountpoint: str) -> bool:
+    """Takes a dead mount of fusestore's away; False if there is none."""
+    real = os.path.realpath(mountpoint)
+    if _mounted(real) != _OURS:
+        return False
+    with suppress(AccessDenied):
+        if not _is_usable(mountpoint):
+            detach(real, lazily=True)
+            return True
+    return False
+
+
+def unmount(store: Store, mountpoint: str) -> None:
+    """Unmount and wait until the daemon has gone and everything is on disk.
+
+    Raises NotFound where nothing of this store is mounted, Busy while something in it is in use, OSError
+    where the disk did not take what was written.
+    """
+    real = os.path.realpath(mountpoint)
+    with ExitStack() as stack:
+        # Opened before: syncfs(2) reports what failed since then, also to the daemon.
+        disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, disk)
+        processes = []
+        for record in store.mounts():
+            if record.mountpoint == real:
+                with suppress(ProcessLookupError):
+                    processes.append(os.pidfd_open(record.pid))
+                    stack.callback(os.close, processes[-1])
+        if processes:
+            if is_mounted(real):
+                detach(real)
+            _wait_for_end(store, mountpoint, processes)
+        elif not _clear_dead(mountpoint):
+            raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
+        syncfs(disk)
+
+
+def _wait_for_end(store: Store, mountpoint: str, processes: list[int]) -> None:
+    real = os.path.realpath(mountpoint)
+    deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
+    while any(record.mountpoint == real for record in store.mounts()):
+        if time.monotonic() > deadline:
+            raise Busy(f"{mountpoint} is unmounted but its process still runs: see its log")
+        time.sleep(_POLL_S)
+    # What served the mount is done; its process has little else to do.
+    select.select(processes, [], [], _EXIT_TIMEOUT_S)
+
+
+def detach(real: str, *, lazily: bool = False) -> None:
+    """umount(8), or fusermount3 -u for a plain user. `lazily`: also while it is in use.
+
+    Raises Busy, which says why it is refused.
+    """
+    if os.geteuid() == 0:
+        try:
+            umount2(os.fsencode(real), MNT_DETACH if lazily else 0)
+        except OSError as error:
+            raise Busy(f"{real}: {error.strerror}: {_LEAVE}") from None
+        return
+    try:
+        command = ["fusermount3", "-u", *(["-z"] if lazily else []), "--", real]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise Busy(f"{real}: fusermount3 is missing: apt-get install fuse3") from None
+    if done.returncode:
+        said = os.fsdecode(done.stderr).strip().rpartition(": ")[2]
+        raise Busy(f"{real}: {said}: {_LEAVE}")
