@@ -6,8 +6,8 @@ in steps by the caller.
 Removal has two forms (design.md section 2). Unlinking metadata.json *declares* it: rootfs, workdir and rundir
 read as empty, so that ``rm -r`` deletes nothing inside, and the rmdir that follows deletes all at once.
 Renaming it, as editors do for a backup, only puts it *aside*: the parts stay; unlinking the file it became
-declares. Making metadata.json again takes either back. All of this is in memory: a remount shows the
-container whole.
+declares. Making metadata.json again takes either back, starting the container the first. All of this is in
+memory: a remount shows the container whole.
 
 The rule a maintainer must not break: while a removal is declared no name in here leads to what is on disk,
 also not through what the kernel has cached. Hence `Inodes.replace`: the number of the real root becomes the
@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import errors
 from .documentfile import DocumentNode
@@ -79,6 +79,14 @@ class _Removal:
         self.removed: set[bytes] = set()
 
 
+class _Identity(NamedTuple):
+    """What tells a container from another one of the same id; None is not known."""
+
+    directory: int | None
+    workdir: int | None
+    created_at: int | None
+
+
 class ContainerDir(Node):
     """/containers/<id>. Its name is asked for each time: others make and delete containers in this store."""
 
@@ -120,7 +128,8 @@ class ContainerDir(Node):
         self._document: DocumentNode | None = None
         self._label = b""
         self._version: object = None
-        self._identity: tuple[Any, ...] | None = None
+        """Of the store's document as it was last read; None if it could not be."""
+        self._identity: _Identity | None = None
 
     # The store
 
@@ -142,33 +151,48 @@ class ContainerDir(Node):
             raise errors.Busy(f"container {self.id} is being deleted or renamed")
         try:
             version: object = self.around.store.version(self.id)
-        except errors.StoreDamaged:
+        except (errors.StoreDamaged, OSError):
             # It can still be looked at and deleted. Whoever opens the document is told.
-            version = "damaged"
-        if version != self._version:
-            self._reread()
-            self._version = version
+            version = None
+        if version is None or version != self._version:
+            self._version = version if self._reread() else None
 
-    def _reread(self) -> None:
+    def _reread(self) -> bool:
+        """Whether the document said all it had to say, if only that it is damaged."""
+        is_known = True
+        document: dict[str, Any] | None = None
         try:
             document = json.loads(self.around.store.document(self.id))
         except errors.StoreDamaged:
-            document = {}
-        layout = self.around.layout
-        try:
-            inodes = [os.stat(path).st_ino for path in (layout.container(self.id), layout.workdir(self.id))]
-        except FileNotFoundError:
-            raise errors.NotFound(f"container {self.id} was deleted") from None
-        # Inode numbers are used again, but two of them for the same, and in the same second?
-        identity = (*inodes, document.get("created-at"))
-        if self._identity not in (None, identity):
-            raise errors.Stale(f"container {self.id} was deleted and made again")
-        self._identity = identity
-        self._label = document.get("mountlabel", "").encode()
-        self.is_mounted = document.get("mounted", False)
+            pass
+        except OSError:
+            is_known = False
+        self._identify(None if document is None else document["created-at"])
+        self.is_mounted = self.around.store.is_started(self.id)
+        if self.is_mounted and self._removal is not None:
+            self.take_back()  # who started it could not know of a removal that only this mount does
+        if document is not None:
+            self._label = document.get("mountlabel", "").encode()
         rootfs = self._parts.get(b"rootfs")
         if rootfs is not None:
             rootfs.label = self._label
+        return is_known
+
+    def _identify(self, created_at: int | None) -> None:
+        """Raises NotFound, or Stale for another container than this node was made for."""
+        layout = self.around.layout
+        directory = _inode(layout.container(self.id))
+        if directory is None:
+            raise errors.NotFound(f"container {self.id} was deleted")
+        # Inode numbers are used again, but two of them for the same, and in the same second?
+        found = _Identity(directory, _inode(layout.workdir(self.id)), created_at)
+        known = self._identity or found
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(known, found, strict=True)):
+            raise errors.Stale(f"container {self.id} was deleted and made again")
+        # What is damaged now was known before.
+        self._identity = _Identity(
+            *(new if new is not None else old for old, new in zip(known, found, strict=True))
+        )
 
     def renamed(self, new_id: str) -> None:
         """The store renamed the container; nothing is attached."""
@@ -203,7 +227,7 @@ class ContainerDir(Node):
             raise errors.NotFound("metadata.json was removed: make it again to keep the container")
         self.refresh()
         known = self._document
-        if known is None or known.version != self._version:
+        if known is None or self._version is None or known.version != self._version:
             try:
                 data: bytes | None = self.around.store.document(self.id)
                 mtime_ns = os.stat(self.around.layout.document(self.id)).st_mtime_ns
@@ -364,9 +388,10 @@ class ContainerDir(Node):
             self.around.inodes.replace(part.root, removal.empty[name])
 
     def remove_part(self, name: bytes) -> None:
-        """rmdir(2) of one of `PARTS`."""
+        """rmdir(2) of one of `PARTS`. Raises NotPermitted; Busy where that cannot be helped now."""
         removal = self._removal
         if removal is None:
+            self.require_idle("remove")
             raise errors.NotPermitted(f"{name.decode()} is part of the container: rmdir the container itself")
         if name in removal.removed:
             raise errors.NotFound(f"{name!r} was removed")
@@ -381,3 +406,10 @@ class ContainerDir(Node):
         for name, node in removal.empty.items() if removal is not None else ():
             if node.lookups and (name != b"rundir" or self._rundir is not None):
                 self.around.inodes.replace(node, self._real(name).root)
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino
+    except FileNotFoundError:
+        return None

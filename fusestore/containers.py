@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .durable import Workspace, discard, empty_trash, lock_directory, read_file
+from .durable import Workspace, discard, empty_trash, is_damage, lock_directory, read_file
 from .errors import BadDocument, BadName, Busy, Exists, NotFound, StoreDamaged
 from .layout import Layout, RunLayout
 from .metadata import DOCUMENT_MAX, Document, merge, parse_document, render
@@ -119,12 +119,16 @@ class Containers:
             image_id=stored["image-id"],
             created_at=stored["created-at"],
             mountlabel=stored.get("mountlabel", ""),
-            mounted=self._is_mounted(container_id),
+            mounted=self.is_mounted(container_id),
         )
+
+    def is_mounted(self, container_id: str) -> bool:
+        """Whether the container is started; also of one whose document cannot be read."""
+        return os.path.lexists(self._run.mounted(container_id))
 
     def document(self, container_id: str) -> bytes:
         """metadata.json. Raises NotFound, StoreDamaged."""
-        return render(self._stored(container_id), container_id, mounted=self._is_mounted(container_id))
+        return render(self._stored(container_id), container_id, mounted=self.is_mounted(container_id))
 
     def version(self, container_id: str) -> tuple[int, ...]:
         """Another value whenever `document` may give another one, or the container is another. Two stats."""
@@ -132,7 +136,7 @@ class Containers:
             found = os.stat(self._layout.document(container_id), follow_symlinks=False)
         except FileNotFoundError:
             raise self._missing(container_id) from None
-        return found.st_ino, found.st_mtime_ns, found.st_size, self._is_mounted(container_id)
+        return found.st_ino, found.st_mtime_ns, found.st_size, self.is_mounted(container_id)
 
     def uses_image(self, image_id: str) -> str | None:
         """The id of a container of this image, if there is one. Reads every document.
@@ -176,8 +180,12 @@ class Containers:
             stored = parse_document(read_file(path, _STORED_MAX))
         except FileNotFoundError:
             raise self._missing(container_id) from None
-        except (OSError, BadDocument) as error:
+        except BadDocument as error:
             raise self._damaged(container_id, str(error)) from error
+        except OSError as error:
+            if is_damage(error):
+                raise self._damaged(container_id, str(error.strerror)) from error
+            raise
         defaults = {"name": "", "mountlabel": ""}
         strings = [
             stored.get(key, defaults.get(key)) for key in ("image-name", "image-id", "name", "mountlabel")
@@ -199,9 +207,6 @@ class Containers:
             f"{path} is damaged ({what}): save what you need from diff/ beside it, then delete it"
         )
 
-    def _is_mounted(self, container_id: str) -> bool:
-        return os.path.lexists(self._run.mounted(container_id))
-
     # Locks
 
     def hold(self, ref: str) -> Hold:
@@ -215,7 +220,7 @@ class Containers:
     @contextlib.contextmanager
     def _exclusive(self, container_id: str, what: str) -> Iterator[None]:
         """Nobody else holds the container, and it is not started; else Busy."""
-        if self._is_mounted(container_id):
+        if self.is_mounted(container_id):
             raise Busy(f"container {container_id} is started: stop it before you {what} it")
         fd = self._lock_exclusively(container_id, what)
         if fd is None:
@@ -321,7 +326,7 @@ class Containers:
                 self._require_unwritten(container_id)
                 new["image-name"], new["image-id"] = bind(change.image_name, change.image_id)
             if change.name is not None:
-                if self._is_mounted(container_id):
+                if self.is_mounted(container_id):
                     raise Busy(f"container {container_id} is started: stop it before you rename it")
                 self._require_free_locked(change.name, own_id=container_id)
             if len(render(new, container_id, mounted=True)) > DOCUMENT_MAX:
@@ -388,10 +393,10 @@ class Containers:
         return name
 
     def _names_of(self, container_id: str) -> list[str]:
-        """The names to be removed with a container; of one with a damaged document all that point to it."""
+        """The names to be removed with a container; if its document cannot be read all that point to it."""
         try:
             name = self._stored(container_id).get("name")
-        except StoreDamaged:
+        except (StoreDamaged, OSError):
             return [name for name, target in self.names().items() if target == container_id]
         return [] if name is None else [name]
 

@@ -34,6 +34,7 @@ __all__ = [
     "discard",
     "disk",
     "empty_trash",
+    "is_damage",
     "lock_directory",
     "open_directory",
     "read_file",
@@ -44,6 +45,10 @@ LOCK_TIMEOUT_S = 60.0
 """How long to wait for the store's names: they are held for a few renames, never while data is copied."""
 
 _LOCK_POLL_MAX_S = 0.02
+
+_DAMAGE = frozenset(
+    [errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENXIO, errno.ENODEV]
+)
 
 
 class Disk:
@@ -90,6 +95,11 @@ def read_file(path: str, limit: int) -> bytes:
     if limit < 0:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     return b"".join(chunks)
+
+
+def is_damage(error: OSError) -> bool:
+    """Whether an error of `read_file` is about what is there: any other may be over in a moment."""
+    return error.errno in _DAMAGE
 
 
 def open_directory(path: str) -> int:

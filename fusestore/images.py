@@ -10,6 +10,7 @@ that a crash leaves nothing behind for good.
 """
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import msgpack
 
 from . import oci
-from .durable import Workspace, read_file
+from .durable import Workspace, is_damage, read_file
 from .errors import BadName, BadSource, Busy, Exists, NotFound, StoreDamaged
 from .layerfiles import LayerRef
 from .layout import ANNOTATION_ID, ANNOTATION_NAME, DEFAULT_TAG, IMAGE_RECORD_VERSION, Layout
@@ -125,6 +126,8 @@ class Images:
             if not isinstance(listed, list):
                 raise BadSource("manifests is no list")
         except (OSError, BadSource) as error:
+            if isinstance(error, OSError) and not is_damage(error):
+                raise
             reason = f"{path} is damaged ({error})"
             raise StoreDamaged(
                 f"{reason}: restore it from a backup, or import the images into a new store"
@@ -156,6 +159,8 @@ class Images:
         try:
             data = read_file(path, oci.DOCUMENT_MAX)
         except OSError as error:
+            if not is_damage(error) and error.errno != errno.EIO:
+                raise
             raise StoreDamaged(
                 f"{what} {path} cannot be read ({error.strerror}): import the image again"
             ) from error

@@ -363,6 +363,10 @@ class Store:
         """metadata.json. Raises NotFound."""
         return self._containers.document(container_id)
 
+    def is_started(self, container_id: str) -> bool:
+        """One stat; no document is read."""
+        return self._containers.is_mounted(container_id)
+
     def version(self, container_id: str) -> tuple[int, ...]:
         """Another value whenever `document` may give another one. Two stats. Raises NotFound."""
         return self._containers.version(container_id)

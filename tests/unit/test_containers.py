@@ -1,6 +1,7 @@
 """Containers: making, names, locks, documents, deleting."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -339,4 +340,22 @@ def test_ctrl_c_between_renames_leaves_names_right(store: Store, monkeypatch: py
         patch.setattr(type(store._containers), "_discard_run_locked", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.delete_container("c")
+    assert (store.container_ids(), store.container_names()) == ([], {})
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_document_that_cannot_be_read_just_now_is_not_called_damaged(
+    store: Store, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create_container(container_id="c", container_name="web")
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fusestore.containers.read_file", refuse)
+        with pytest.raises(OSError) as caught:
+            store.document("c")
+        assert caught.value.errno == number
+        store.delete_container("c")
     assert (store.container_ids(), store.container_names()) == ([], {})

@@ -1,5 +1,6 @@
 """/containers without a kernel: making, renaming, removing, documents, scratch files (design.md, 2)."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from rig.treeshell import CALLER, OWNER, FakeRootfs, TreeShell
 
 from fusestore import errors
 from fusestore.inodes import Caller, Changes, run
+from fusestore.mounts import Changed
 from fusestore.scratchfile import SCRATCH_FILES_MAX, SCRATCH_MAX
 from fusestore.store import Store
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -304,6 +306,75 @@ def test_damaged_document_is_an_io_error_of_its_file_only(shell: TreeShell, stor
         shell.read(METADATA)
 
 
+@pytest.fixture(params=["rubbish", "missing", "no descriptor", "bad disk"])
+def unreadable(
+    request: pytest.FixtureRequest, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], object]:
+    """Makes the document of `c` unreadable from now on."""
+
+    def fail(number: int) -> None:
+        def refuse(*_: object) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fusestore.containers.read_file", refuse)
+
+    document = Path(store.container_dir("c"), "container")
+    ways: dict[str, Callable[[], object]] = {
+        "rubbish": lambda: document.write_bytes(b"rubbish"),
+        "missing": document.unlink,
+        "no descriptor": lambda: fail(errno.EMFILE),
+        "bad disk": lambda: fail(errno.EIO),
+    }
+    return ways[request.param]
+
+
+def test_what_is_in_use_stays_when_the_document_cannot_be_read(
+    shell: TreeShell, unreadable: Callable[[], object]
+) -> None:
+    with shell.walk("containers/c/rootfs") as entry:
+        fh = shell.open("containers/c/rootfs/inside")
+        shell.stat(METADATA)
+        unreadable()
+        assert shell.ls("containers/c") == ["metadata.json", *PARTS]
+        assert shell.ino("containers/c/rootfs") == entry.node.ino
+        assert run(shell.tree.read(fh, 0, 20)) == b"container c"
+        shell.close(fh)
+
+
+def test_label_and_pin_stay_when_the_document_cannot_be_read(
+    shell: TreeShell, unreadable: Callable[[], object]
+) -> None:
+    shell.write(METADATA, b'{"mountlabel": "a:b:c", "mounted": true}')
+    with shell.walk("containers/c/rootfs"):
+        unreadable()
+        assert rootfs(shell).label == b"a:b:c"
+        with pytest.raises(errors.Busy):
+            shell.unlink(METADATA)
+
+
+def test_document_is_read_again_after_an_error_that_passes(
+    shell: TreeShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shell.walk("containers/c"), monkeypatch.context() as patch:
+        patch.setattr("fusestore.containers.read_file", lambda *_: os.read(-1, 1))
+        with pytest.raises(OSError):
+            shell.read(METADATA)
+        patch.undo()
+        assert document(shell)["id"] == "c"
+
+
+def test_container_replaced_while_its_document_was_unreadable_is_another(
+    shell: TreeShell, store: Store, unreadable: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shell.walk("containers/c/rootfs") as entry:
+        shell.stat(METADATA)
+        unreadable()
+        shell.stat("containers/c")
+        os.rename(store.container_dir("c"), store.container_dir("aside"))
+        store.create_container(container_id="c")
+        assert shell.ino("containers/c/rootfs") != entry.node.ino
+
+
 def test_container_with_a_damaged_document_can_be_removed(shell: TreeShell, store: Store) -> None:
     Path(store.container_dir("c"), "container").write_bytes(b"rubbish")
     shell.rm_r("containers/c")
@@ -388,6 +459,13 @@ def test_rm_r_of_a_pinned_container_stays_out_of_its_rootfs(shell: TreeShell) ->
         shell.unlink(METADATA)
     with pytest.raises(errors.Busy):
         shell.ls("containers/c/rootfs")
+
+
+def test_parts_of_a_pinned_container_are_as_busy_as_it(shell: TreeShell) -> None:
+    shell.write(METADATA, b'{"mounted": true}')
+    for part in PARTS:
+        with pytest.raises(errors.Busy):
+            shell.rmdir(f"containers/c/{part}")
 
 
 def test_others_may_enter_after_a_refused_rm(shell: TreeShell) -> None:
@@ -548,6 +626,18 @@ def test_making_the_document_again_takes_the_removal_back(
         again(shell)
         assert shell.ls("containers/c") == ["metadata.json", *PARTS]
         assert shell.read("containers/c/rootfs/inside") == b"container c"
+
+
+def test_starting_a_container_takes_its_removal_back(shell: TreeShell, store: Store) -> None:
+    with shell.walk("containers/c") as entry:
+        shell.unlink(METADATA)
+        shell.rmdir("containers/c/rootfs")
+        store.set_container_metadata("c", {"mounted": True})
+        shell.tree.heard(Changed("containers", "c"))
+        assert shell.ls("containers/c") == ["metadata.json", *PARTS]
+        assert shell.ino("containers/c") == entry.node.ino
+        with pytest.raises(errors.Busy):
+            shell.rmdir("containers/c")
 
 
 def test_taken_back_removal_gives_the_kernels_number_its_rootfs_again(shell: TreeShell) -> None:

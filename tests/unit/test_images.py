@@ -1,5 +1,6 @@
 """Images in the store: import, names, deletion, layers and their derived files."""
 
+import errno
 import gzip
 import json
 import os
@@ -497,3 +498,21 @@ def test_metadata_of_an_image(tmp_path: Path, store: Store) -> None:
     shown = json.loads(store.image_metadata(image))
     assert (shown["id"], shown["names"], shown["size"]) == (image.id, ["x:1", "default"], image.size)
     assert shown["layers"][0]["diff-id"] == digest(BASE)
+
+
+def test_what_cannot_be_read_just_now_is_not_called_damaged(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = store.import_image(layout(tmp_path / "s", BASE))
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch, open_at(Path(store.path).parent) as other:
+        patch.setattr("fusestore.images.read_file", refuse)
+        for operation in (other.images, lambda: store.config(image)):
+            with pytest.raises(OSError) as caught:
+                operation()
+            assert caught.value.errno == errno.EMFILE
+        patch.undo()
+        assert other.images() == [image]
