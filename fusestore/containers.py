@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .durable import Workspace, discard, empty_trash, is_damage, lock_directory, read_file
-from .errors import BadDocument, BadName, Busy, Exists, NotFound, StoreDamaged
+from .errors import BadDocument, BadName, Busy, Exists, Locked, NotFound, StoreDamaged
 from .layout import Layout, RunLayout
 from .metadata import DOCUMENT_MAX, Document, merge, parse_document, render
 from .names import parse_container_id
@@ -210,9 +210,12 @@ class Containers:
     # Locks
 
     def hold(self, ref: str) -> Hold:
-        """Raises NotFound."""
+        """Waits for nobody. Raises NotFound, Locked."""
         container_id = self.resolve(ref)
-        fd = lock_directory(self._layout.container(container_id), fcntl.LOCK_SH)
+        try:
+            fd = lock_directory(self._layout.container(container_id), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(f"container {container_id} is being changed by another process: try again") from None
         if fd is None:
             raise NotFound(f"there is no container {ref!r}: it was deleted just now")
         return Hold(fd)

@@ -11,6 +11,7 @@
     ├── NotFound                      ENOENT        no such name in the tree or the store
     ├── Exists                        EEXIST
     ├── Busy                          EBUSY         in use: pinned, open, entered, or used by a container
+    │   └── Locked                    EBUSY         another process changes it now: soon it is free or gone
     ├── NotPermitted                  EPERM         never allowed here, whoever asks
     ├── AccessDenied                  EACCES
     ├── ReadOnly                      EROFS
@@ -49,6 +50,7 @@ __all__ = [
     "FusestoreError",
     "IsADirectory",
     "LayerRefused",
+    "Locked",
     "NameTooLong",
     "NoAttribute",
     "NoSpace",
@@ -102,6 +104,10 @@ class Exists(FusestoreError):
 
 class Busy(FusestoreError):
     errno = errno.EBUSY
+
+
+class Locked(Busy):
+    pass
 
 
 class NotPermitted(FusestoreError):

@@ -5,7 +5,8 @@ is driven here: each blocking call runs in a worker thread while the loop serves
 (`fusestore.inodes` says what may change in between: nothing of a step's).
 
 The error boundary is `_bounded`: whatever a handler raises becomes an errno there, and only there. pyfuse3
-ends the mount on any other exception; `trio.Cancelled` is not an Exception and passes.
+ends the mount on any other exception; `trio.Cancelled` is not an Exception and passes. What is `Locked` is
+tried again there for a while: so whoever raises that must have changed nothing yet.
 """
 
 import functools
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, cast
 import pyfuse3
 import trio
 
-from .errors import FusestoreError, NotFound, StoreError, errno_of
+from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
 from .inodes import Caller, Changes, FileHandle, Maybe
 from .tree import Entry, Tree
 
@@ -29,6 +30,11 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 _THREADS = 8
 """Blocking calls at once. Most wait for the disk; decompression limits itself to the cores."""
 
+_LOCKED_S = 1.0
+"""How long a request waits for a container that another process has locked: a few renames take less."""
+
+_LOCKED_PAUSE_S = 0.01
+
 _log = logging.getLogger("fusestore")
 
 
@@ -38,12 +44,27 @@ def _bounded(handler: Handler) -> Handler:
     @functools.wraps(handler)
     async def bounded(*arguments: Any) -> Any:
         try:
-            return await handler(*arguments)
+            try:
+                return await handler(*arguments)
+            except Locked:
+                return await _when_free(handler, arguments)
         except Exception as error:
             _report(handler.__name__, error)
             raise pyfuse3.FUSEError(errno_of(error)) from None
 
     return cast(Handler, bounded)
+
+
+async def _when_free(handler: Handler, arguments: tuple[Any, ...]) -> Any:
+    """Call the handler again and again, as long as what it needs is locked and patience lasts."""
+    give_up = trio.current_time() + _LOCKED_S
+    while True:
+        await trio.sleep(_LOCKED_PAUSE_S)
+        try:
+            return await handler(*arguments)
+        except Locked:
+            if trio.current_time() > give_up:
+                raise
 
 
 def _report(operation: str, error: Exception) -> None:

@@ -179,7 +179,7 @@ class Opener(Protocol):
         """Attributes of a root that nobody has entered yet; quick. None: opening it changes nothing."""
 
     def hold(self) -> Closable:
-        """Keep the container from being deleted while something is open in it. Raises Busy."""
+        """Keep the container from being deleted while something is open in it. Quick. Raises Locked."""
 
 
 class OpenFile(FileHandle):
@@ -237,9 +237,11 @@ class OpenFile(FileHandle):
         yield lambda: sync(self._fd)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self.branch.end_use()
+        try:
+            if self._fd >= 0:
+                os.close(self._fd)
+        finally:
+            self.branch.end_use()
 
 
 def read_extents(reader: LayerReader, extents: Sequence[Extent], offset: int, size: int) -> bytes:
@@ -344,7 +346,7 @@ class Rootfs(Branch):
             thing.fd = -1
 
     def begin_use(self) -> None:
-        """Something is opened. Raises Busy while the container is being deleted."""
+        """Something is opened. Raises Locked while the container is being deleted."""
         if self._uses == 0:
             self._hold = self._opener.hold()
         self._uses += 1

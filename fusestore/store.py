@@ -408,7 +408,10 @@ class Store:
         return self._layout.upper(container_id)
 
     def hold(self, ref: str) -> Hold:
-        """Keeps a container from being deleted, renamed or bound, while it is in use. Raises NotFound."""
+        """Keeps a container from being deleted, renamed or bound, while it is in use.
+
+        Raises NotFound, and Locked while another process does one of these: that is soon over.
+        """
         return self._containers.hold(ref)
 
     # Mounts, rubbish

@@ -193,6 +193,22 @@ def test_a_container_with_an_open_file_is_busy(mounted: Mount, container: str, c
     assert mounted.sh("cat containers/$1/rootfs/etc/hostname", container).ok() == "busybox\n"
 
 
+def test_a_locked_container_is_busy_and_the_mount_goes_on(mounted: Mount, container: str) -> None:
+    other = mounted.new_id()
+    script = """
+        mkdir containers/$2
+        flock -x $3/containers/$1 sh -c "
+            cat containers/$1/rootfs/etc/hostname & cat containers/$2/rootfs/etc/hostname && wait \\$!"
+        code=$?
+        rmdir containers/$2
+        cat containers/$1/rootfs/etc/hostname
+        exit $code
+    """
+    result = mounted.sh(script, container, other, mounted.store)
+    assert result.out == "busybox\nbusybox\n"
+    result.fails_with(errno.EBUSY)
+
+
 def test_two_containers_of_one_image_are_distinct(mounted: Mount, container: str) -> None:
     other = mounted.new_id()
     mounted.sh("mkdir containers/$1 && echo a > containers/$1/rootfs/file", other).ok()

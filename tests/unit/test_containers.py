@@ -19,6 +19,7 @@ from fusestore.errors import (
     BadName,
     Busy,
     Exists,
+    Locked,
     NotFound,
     NotPermitted,
 )
@@ -359,3 +360,13 @@ def test_a_document_that_cannot_be_read_just_now_is_not_called_damaged(
         assert caught.value.errno == number
         store.delete_container("c")
     assert (store.container_ids(), store.container_names()) == ([], {})
+
+
+def test_holding_what_another_process_changes_waits_for_nobody(store: Store) -> None:
+    store.create_container(container_id="c")
+    fd = durable.lock_directory(store.container_dir("c"), fcntl.LOCK_EX)
+    assert fd is not None
+    with pytest.raises(Locked):
+        store.hold("c")
+    os.close(fd)
+    store.hold("c").close()
