@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -378,15 +379,9 @@ class Containers:
 
     # Parts of changes
 
-    @contextlib.contextmanager
-    def _renaming(self, suspects: Mapping[str, list[str]]) -> Iterator[None]:
+    def _renaming(self, suspects: Mapping[str, list[str]]) -> AbstractContextManager[None]:
         """Around several renames: whatever ends them, an error or a crash, the names will be right."""
-        with self._workspace.intent({"names": suspects}):
-            try:
-                yield
-            except (Exception, KeyboardInterrupt):
-                self.repair_names(suspects)
-                raise
+        return self._workspace.intent({"names": suspects}, lambda: self.repair_names(suspects))
 
     def _documented_name(self, container_id: str) -> str | None:
         try:

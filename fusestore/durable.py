@@ -22,7 +22,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .errors import Busy, StoreUnusable
 from .layout import INTENT
@@ -231,6 +231,11 @@ class Scratch:
                     raise
                 _remove(self.path, self._trash)
         finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Leaves it, with all it holds, to the next who opens the store; `close` does nothing then."""
+        if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
@@ -363,12 +368,27 @@ class Workspace:
                 return Scratch(path, fd, self._trash)
 
     @contextlib.contextmanager
-    def intent(self, what: Mapping[str, object]) -> Iterator[Scratch]:
-        """A scratch directory that says on disk what is about to change (layout.py, **tmp/…/intent**)."""
+    def intent(self, what: Mapping[str, object], repair: Callable[[], None]) -> Iterator[None]:
+        """Says on disk what is about to change, while it does (layout.py, **tmp/…/intent**).
+
+        Whatever ends the change early is followed by `repair`. The intent goes when the change is done or
+        repaired, and not before: else it waits for the next who opens the store.
+        """
         with self.scratch() as scratch:
             scratch.write(INTENT, json.dumps(what).encode())
             scratch.sync()
-            yield scratch
+            is_whole = False
+            try:
+                try:
+                    yield
+                except BaseException:
+                    repair()
+                    is_whole = True
+                    raise
+                is_whole = True
+            finally:
+                if not is_whole:
+                    scratch.abandon()
 
     def write_file(self, path: str, data: bytes) -> None:
         """Makes `data` the content of `path`: readers see the old content or the new. Mode 0600.
@@ -382,8 +402,9 @@ class Workspace:
                 _set_exact_mtime(fd)
                 disk.fsync(fd)
                 disk.rename(temp, path)
-            except OSError:
-                disk.unlink(temp)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    disk.unlink(temp)
                 raise
         finally:
             os.close(fd)

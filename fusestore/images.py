@@ -9,11 +9,11 @@ lock held, and what a change may leave without a reference is written down befor
 that a crash leaves nothing behind for good.
 """
 
-import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -332,15 +332,9 @@ class Images:
         for name in names:
             _require_free(name, self.catalog().names, "", replace_other=True)
 
-    @contextlib.contextmanager
-    def changing(self, loose: Loose) -> Iterator[None]:
+    def changing(self, loose: Loose) -> AbstractContextManager[None]:
         """Around several renames: whatever ends them, an error or a crash, what is unreferenced then goes."""
-        with self._workspace.intent({"loose": loose}):
-            try:
-                yield
-            except (Exception, KeyboardInterrupt):
-                self.sweep_locked(loose)
-                raise
+        return self._workspace.intent({"loose": loose}, lambda: self.sweep_locked(loose))
 
     def sweep_locked(self, loose: Loose) -> None:
         """Discards those parts that no image has. Nothing, if an entry of index.json cannot be understood."""

@@ -17,6 +17,7 @@ changed nothing. Thread-safe. Whoever opens a store closes it.
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import stat
@@ -65,6 +66,8 @@ _ID_BYTES = 32
 """Of a container id made at random: 64 hex digits, as libpod's."""
 
 _INTENT_MAX = 16 << 20
+
+_log = logging.getLogger("fusestore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,18 +476,25 @@ class Store:
         for scratch in self._run_workspace.dead():
             scratch.close()
         for scratch in self._workspace.dead():
+            self._leaves_trash = True
             with scratch:
-                self._leaves_trash = True
                 try:
-                    intent = oci.parse_object(
-                        read_file(scratch.join(INTENT), _INTENT_MAX), INTENT, _INTENT_MAX
-                    )
-                except (OSError, BadInput):
-                    continue  # none, or not whole: nothing was changed yet
-                with self._workspace.lock():
-                    self._containers.repair_names(intent.get("names", {}))
-                    with contextlib.suppress(StoreDamaged):
-                        self._images.sweep_locked(intent.get("loose", {}))
+                    self._fulfil(scratch.join(INTENT))
+                except BaseException as error:
+                    scratch.abandon()
+                    if not isinstance(error, (OSError, StoreDamaged)):
+                        raise
+                    # Who has a full disk opens the store to delete something.
+                    _log.warning("what a crash interrupted is not repaired yet: %s", error)
+
+    def _fulfil(self, path: str) -> None:
+        try:
+            intent = oci.parse_object(read_file(path, _INTENT_MAX), INTENT, _INTENT_MAX)
+        except (FileNotFoundError, BadInput):
+            return  # none, or not whole: nothing was changed yet
+        with self._workspace.lock():
+            self._containers.repair_names(intent.get("names", {}))
+            self._images.sweep_locked(intent.get("loose", {}))
 
 
 def _require_store(layout: Layout, create: bool) -> None:

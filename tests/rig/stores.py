@@ -8,7 +8,7 @@ from typing import Any
 from fusestore import durable
 from fusestore.store import Store
 
-__all__ = ["Crash", "Dying", "Failing", "Unsynced", "open_at"]
+__all__ = ["Crash", "Dying", "Failing", "Full", "Interrupted", "Unsynced", "open_at"]
 
 
 def open_at(place: Path) -> Store:
@@ -46,6 +46,42 @@ class Failing(Dying):
         self.left -= 1
         if self.left == -1:
             raise OSError(errno.ENOSPC, "no space")
+
+
+class Interrupted(Dying):
+    """Once, the user presses Ctrl-C."""
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+
+
+class Full(Dying):
+    """From then on nothing can be made any more; to move and to remove needs no space."""
+
+    def step(self) -> None:
+        self.left -= 1
+
+    def _make(self) -> None:
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "no space")
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        self._make()
+        return super().write(fd, data)
+
+    def mkdir(self, path: str, mode: int) -> None:
+        self._make()
+        super().mkdir(path, mode)
+
+    def create(self, path: str, mode: int) -> int:
+        self._make()
+        return super().create(path, mode)
+
+    def symlink(self, target: str, path: str) -> None:
+        self._make()
+        super().symlink(target, path)
 
 
 def _stepping(name: str) -> Callable[..., Any]:

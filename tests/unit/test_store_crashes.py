@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rig.stores import Crash, Dying, Failing, open_at
+from rig.stores import Crash, Dying, Failing, Full, Interrupted, open_at
 
 from fusestore import durable
 from fusestore.check import check
@@ -66,34 +66,44 @@ def run_until(
 ) -> bool:
     """Whether the operation came to its end."""
     done = False
-    with contextlib.suppress(Crash, OSError), monkeypatch.context() as patch, open_at(tmp_path) as store:
+    with (
+        contextlib.suppress(Crash, OSError, KeyboardInterrupt),
+        monkeypatch.context() as patch,
+        open_at(tmp_path) as store,
+    ):
         patch.setattr(durable, "disk", disk)
         operation(store, two)
         done = True
     return done
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("fault", [Dying, Failing])
-def test_old_or_new_after_every_step(
-    tmp_path: Path, one: str, two: str, name: str, fault: type[Dying], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fresh(tmp_path: Path, number: int) -> Path:
+    """A copy of the store that `old_and_new` made."""
+    place = tmp_path / str(number)
+    shutil.copytree(tmp_path / "old", place, symlinks=True)
+    return place
+
+
+def old_and_new(
+    tmp_path: Path, one: str, two: str, operation: Callable[[Store, str], object]
+) -> tuple[dict[str, object], dict[str, object]]:
     with open_at(tmp_path / "old") as store:
         prepare(store, one)
         old = state(store)
+    with open_at(fresh(tmp_path, -1)) as store:
+        operation(store, two)
+        return old, state(store)
 
-    def fresh(number: int) -> Path:
-        place = tmp_path / str(number)
-        shutil.copytree(tmp_path / "old", place, symlinks=True)
-        return place
 
-    place = fresh(-1)
-    assert run_until(Dying(1 << 30), place, OPERATIONS[name], two, monkeypatch)
-    with open_at(place) as store:
-        new = state(store)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("fault", [Dying, Failing, Full, Interrupted])
+def test_old_or_new_after_every_step(
+    tmp_path: Path, one: str, two: str, name: str, fault: type[Dying], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = old_and_new(tmp_path, one, two, OPERATIONS[name])
     assert (new == old) == (name == "empty the trash")
     for steps in range(1000):
-        place = fresh(steps)
+        place = fresh(tmp_path, steps)
         done = run_until(fault(steps), place, OPERATIONS[name], two, monkeypatch)
         with open_at(place) as store:
             after = state(store)
@@ -104,7 +114,47 @@ def test_old_or_new_after_every_step(
             assert os.listdir(place / "store/tmp") == []
         if done:
             break
-    assert steps >= 2 or name == "empty the trash"
+    assert steps >= 2 or fault is Full or name == "empty the trash"
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("fault", [Failing, Interrupted])
+def test_whoever_goes_on_after_an_error_has_the_old_or_the_new(
+    tmp_path: Path, one: str, two: str, name: str, fault: type[Dying], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = old_and_new(tmp_path, one, two, OPERATIONS[name])
+    done = False
+    for steps in range(1000):
+        with open_at(fresh(tmp_path, steps)) as store, monkeypatch.context() as patch:
+            patch.setattr(durable, "disk", fault(steps))
+            with contextlib.suppress(OSError, KeyboardInterrupt):
+                OPERATIONS[name](store, two)
+                done = True
+            assert state(store) in (old, new), f"after {steps} steps"
+            assert check(store) == [], f"after {steps} steps"
+        if done:
+            break
+
+
+def test_an_intent_that_cannot_be_fulfilled_stays(
+    tmp_path: Path, one: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_at(tmp_path) as store:
+        prepare(store, one)
+    for steps in range(1000):  # to where the name is to be put right
+        place = tmp_path / str(steps)
+        shutil.copytree(tmp_path / "store", place / "store", symlinks=True)
+        rename = OPERATIONS["change an id under a name"]
+        if run_until(Dying(steps), place, rename, "", monkeypatch):
+            break
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "disk", Full(0))
+            with open_at(place) as store:
+                moved = store.container_ids()
+        with open_at(place) as store:
+            assert store.container_names() == {"its-name": "moved" if "moved" in moved else "kept"}
+            assert check(store) == []
+    assert "not repaired yet" in caplog.text
 
 
 def test_delete_image_after_every_step(
