@@ -62,22 +62,21 @@ class WritableRootfs(Rootfs):
         truncates = flags & os.O_TRUNC
         if not writes and not truncates:
             return self.open_for(thing, os.O_RDONLY)
+        # Always for reading too: with the writeback cache the kernel reads the page it writes a part of, and
+        # O_APPEND is its own business (fuse.rst). Nobody reads by that, so the file was not accessed.
+        only_writes = flags & os.O_ACCMODE == os.O_WRONLY
+        upper_flags = os.O_RDWR | truncates | (os.O_NOATIME if only_writes else 0)
         if thing.in_upper:
-            return self._open_upper(thing, truncates)
-        return self._open_copied(thing, truncates)
+            return self.open_for(thing, upper_flags)
+        return self._open_copied(thing, upper_flags)
 
-    def _open_copied(self, thing: Object, truncates: int) -> Steps[FileHandle]:
+    def _open_copied(self, thing: Object, upper_flags: int) -> Steps[FileHandle]:
         self.begin_use()
         try:
-            yield from self.copy_up(thing, 0 if truncates else None)
-            return self._open_upper(thing, truncates)
+            yield from self.copy_up(thing, 0 if upper_flags & os.O_TRUNC else None)
+            return self.open_for(thing, upper_flags)
         finally:
             self.end_use()
-
-    def _open_upper(self, thing: Object, truncates: int) -> OpenFile:
-        # Always for reading too: with the writeback cache the kernel reads the page it writes a part of, and
-        # O_APPEND is its own business (fuse.rst).
-        return self.open_for(thing, os.O_RDWR | truncates)
 
     def create(
         self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
