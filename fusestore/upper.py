@@ -498,7 +498,7 @@ class Upper:
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             if not stat.S_ISLNK(mode):
-                os.chmod(_proc(fd), mode & 0o777)
+                os.chmod(_proc(fd), mode & _PERMISSIONS)
             if (uid, gid) != (status.st_uid, status.st_gid):
                 raise NotPermitted("a plain user's store cannot keep owners of links, FIFOs and sockets")
             return
