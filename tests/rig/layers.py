@@ -5,8 +5,10 @@ that the kernel's overlayfs takes as a lower one. The latter is written apart fr
 takes layers that leave nothing to interpretation: no name twice, no directory that is only implied.
 """
 
+import io
 import os
 import stat
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ __all__ = [
     "layer",
     "opaque",
     "symlink",
+    "tar_layer",
     "unpack_layer",
     "whiteout",
 ]
@@ -136,6 +139,23 @@ def layer(*members: Member) -> Layer:
         )
         content += member.content
     return Layer(LayerIndex(builder.finish(len(content))), _Reader(bytes(content)))
+
+
+def tar_layer(members: Sequence[Member]) -> bytes:
+    """The layer as a tar."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            info = tarfile.TarInfo(os.fsdecode(member.path))
+            info.type, info.mode, info.uid, info.gid = member.type, member.mode, member.uid, member.gid
+            info.size, info.linkname = len(member.content), os.fsdecode(member.link)
+            info.devmajor, info.devminor = os.major(member.rdev), os.minor(member.rdev)
+            info.pax_headers = {"mtime": f"{member.mtime_ns // 10**9}.{member.mtime_ns % 10**9:09}"}
+            info.pax_headers.update(
+                (f"SCHILY.xattr.{name.decode()}", value.decode()) for name, value in member.xattrs
+            )
+            tar.addfile(info, io.BytesIO(member.content))
+    return out.getvalue()
 
 
 def unpack_layer(members: Sequence[Member], target: Path, prefix: bytes = b"trusted.overlay.") -> None:
