@@ -55,6 +55,7 @@ class Object(Node):
         "in_upper",
         "is_orphan",
         "key",
+        "links",
         "name",
         "other_names",
         "parent",
@@ -72,6 +73,8 @@ class Object(Node):
         """Together with `parent` a name that leads here, unless `is_orphan` or the descriptor is pinned."""
         self.other_names: dict[tuple[Object, bytes], None] | None = None
         """Of a non-directory with hard links: what else it was met under, and perhaps no longer is."""
+        self.links = -1
+        """How many names a lower non-directory has; -1 when they were not counted yet."""
         self.key = what.key
         self.format = what.format
         self.stack = what.stack
@@ -96,9 +99,19 @@ class Object(Node):
         if self.format != stat.S_IFDIR and self.parent is not None:
             if self.other_names is None:
                 self.other_names = {}
+            if (directory, name) in self.other_names:
+                del self.other_names[directory, name]
+            else:
+                self.links = -1
             self.other_names[self.parent, self.name] = None
-            self.other_names.pop((directory, name), None)
         self.parent, self.name = directory, name
+
+    def lose(self, directory: "Object", name: bytes) -> None:
+        """The object is `name` no more; it is known by the name it was met under before, if any."""
+        if self.other_names is not None:
+            self.other_names.pop((directory, name), None)
+        if self.parent is directory and self.name == name:
+            self.parent, self.name = self.other_names.popitem()[0] if self.other_names else (None, b"")
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -470,8 +483,20 @@ class Rootfs(Branch):
         if thing.is_orphan:
             return replace(attr, nlink=0)
         if attr.nlink > 1 and thing.format != stat.S_IFDIR and self._opened.upper is not None:
-            return replace(attr, nlink=max(1, len(self.places(thing))))
+            return replace(attr, nlink=max(1, self._count_links(thing)))
         return attr
+
+    def _count_links(self, thing: Object) -> int:
+        if thing.links < 0:
+            self.find_names(thing)
+        return thing.links
+
+    def find_names(self, thing: Object) -> None:
+        """Look for all names of a lower non-directory. It takes as long as there are names."""
+        places = self.places(thing)
+        if places:
+            thing.settle(places)
+        thing.links = len(places)
 
     def _count_subdirectories(self, directory: Object) -> int:
         if directory.is_orphan:

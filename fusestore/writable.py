@@ -254,23 +254,29 @@ class WritableRootfs(Rootfs):
         self._descriptors.discard(thing)
         if thing.format == stat.S_IFDIR:
             thing.is_orphan = True
-        elif thing.in_upper:
-            thing.is_orphan = thing.fd < 0 or os.fstat(thing.fd).st_nlink == 0
         else:
-            thing.is_orphan = not self.places(thing)
+            self._keep_a_name(thing, directory, name)
         if thing.is_orphan:
             self._objects.pop(thing.key, None)
-        else:
-            self._keep_names(thing)
+        elif thing.in_upper and thing.parent is not None:
+            self._descriptors.used(thing)
 
-    def _keep_names(self, thing: Object) -> None:
-        """Of an object that lost a name. Where no other is known, its descriptor must stay open."""
+    def _keep_a_name(self, thing: Object, directory: Object, name: bytes) -> None:
+        """Of a non-directory that lost a name. Where an upper file has no other that is known, its descriptor
+        must stay open.
+
+        Not all names are tried: there may be thousands, and as many removals.
+        """
+        thing.lose(directory, name)
+        thing.links -= thing.links > 0
+        while thing.parent is not None and not self.leads_to((thing.parent, thing.name), thing):
+            thing.lose(thing.parent, thing.name)
+            thing.links = -1
         if thing.in_upper:
-            thing.settle([place for place in self.known_names(thing) if self.leads_to(place, thing)])
-            if thing.parent is not None:
-                self._descriptors.used(thing)
-        else:
-            thing.settle(self.places(thing))
+            thing.is_orphan = thing.fd < 0 or os.fstat(thing.fd).st_nlink == 0
+        elif thing.parent is None:
+            self.find_names(thing)
+            thing.is_orphan = thing.links == 0
 
     # Moving
 

@@ -12,6 +12,7 @@ from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
 from fusestore.errors import NotFound
 from fusestore.inodes import Caller, Changes, run
+from fusestore.rootfs import Object, Resolved, Rootfs
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusestore.upper import Scheme, Upper
 
@@ -176,6 +177,34 @@ def test_a_copy_that_cannot_have_all_its_names_has_none(
     assert not os.path.lexists(area.diff / "b") and not os.path.lexists(area.diff / "d/l")
     kernel.write(b"b", 0, b"new")
     assert {_read(kernel, name) for name in (b"b", b"d/l", b"d/e/m")} == {b"newtent b"}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["lower", "upper"])
+def test_many_hard_links_cost_as_much_each_as_few(copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    resolve = Rootfs.resolve
+
+    def count(rootfs: Rootfs, directory: Object, name: bytes) -> Resolved | None:
+        nonlocal asked
+        asked += 1
+        return resolve(rootfs, directory, name)
+
+    monkeypatch.setattr(Rootfs, "resolve", count)
+    costs = []
+    for links in (20, 200):
+        area = Area([layer(file(b"f", b"x"), *(hard_link(b"%d" % n, b"f") for n in range(links)))])
+        kernel = area.kernel()
+        if copied:
+            kernel.write(b"f", 0, b"y")
+        asked = 0
+        assert kernel.snapshot()[b"f"].nlink == links + 1
+        for n in range(links):
+            kernel.unlink(b"%d" % n)
+        assert kernel.snapshot()[b"f"].nlink == 1
+        costs.append(asked / links)
+        kernel.detach()
+        area.close()
+    assert costs[1] < costs[0] * 1.1
 
 
 def test_two_copy_ups_of_one_file_make_one_copy(area: Area, kernel: FakeKernel) -> None:
