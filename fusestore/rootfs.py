@@ -244,6 +244,8 @@ class OpenFile(FileHandle):
         os.ftruncate(self._fd, size)
 
     def fsync(self, datasync: bool) -> Maybe[None]:
+        if self._fd < 0 and self.node.in_upper:
+            self._fd = self.branch.reopen(self.node, os.O_RDONLY)
         return self._sync(os.fdatasync if datasync else os.fsync) if self._fd >= 0 else None
 
     def _sync(self, sync: Callable[[int], None]) -> Steps[None]:

@@ -608,9 +608,55 @@ def test_removing_a_missing_xattr_copies_nothing(kernel: FakeKernel) -> None:
 # Durability
 
 
-def test_fsync_of_directories_works_wherever_they_lie(kernel: FakeKernel) -> None:
-    for path in (b"", b"d"):
-        run(kernel.rootfs.fsync_dir(kernel.node(path)))
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The inode numbers that went to disk, by fsync(2) or fdatasync(2)."""
+    found: list[int] = []
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: found.append(os.fstat(fd).st_ino))
+    return found
+
+
+@pytest.mark.parametrize("datasync", [False, True])
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize("path", [b"new", b"d/a"])
+def test_fsync_of_a_file_reaches_the_file_on_disk(
+    area: Area, kernel: FakeKernel, synced: list[int], path: bytes, writable: bool, datasync: bool
+) -> None:
+    if path == b"new":
+        kernel.create(path, 0o644, b"")
+    kernel.hold(1, path, writable)
+    kernel.write(path, 0, b"written by another handle")
+    synced.clear()
+    run(kernel._handles[1].fsync(datasync))
+    assert synced == [(area.diff / os.fsdecode(path)).stat().st_ino]
+
+
+def test_fsync_of_a_removed_file_reaches_it(kernel: FakeKernel, synced: list[int]) -> None:
+    kernel.hold(1, b"d/a", True)
+    kernel.unlink(b"d/a")
+    synced.clear()
+    run(kernel._handles[1].fsync(False))
+    assert len(synced) == 1
+
+
+def test_the_content_of_a_copy_is_on_disk_before_its_name_is(
+    area: Area, kernel: FakeKernel, synced: list[int]
+) -> None:
+    run(kernel.rootfs.copy_up(kernel.node(b"d/a")))
+    assert synced == [(area.diff / "d/a").stat().st_ino]
+
+
+def test_fsync_of_a_directory_reaches_it(area: Area, kernel: FakeKernel, synced: list[int]) -> None:
     kernel.create(b"d/new", 0o644, b"")
+    for path in ("", "d"):
+        synced.clear()
+        run(kernel.rootfs.fsync_dir(kernel.node(os.fsencode(path))))
+        assert synced == [(area.diff / path).stat().st_ino]
+
+
+def test_fsync_of_what_only_a_layer_has_does_nothing(kernel: FakeKernel, synced: list[int]) -> None:
+    kernel.hold(1, b"d/a", False)
+    assert kernel._handles[1].fsync(False) is None
     run(kernel.rootfs.fsync_dir(kernel.node(b"d")))
-    assert not kernel.rootfs.in_use
+    assert not synced
