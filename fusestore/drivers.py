@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from .blobs import LayerReader
+from .errors import StoreUnusable
 from .images import Image
 from .inodes import Closable, Inodes, Node
 from .layerindex import LayerIndex
+from .layout import Layout
 from .nodes import Attr
 from .rootfs import Descriptors, Opened, Opener, Rootfs
 from .store import Store
@@ -56,6 +58,7 @@ class UnionDriver:
     name = "union"
 
     def __init__(self, store: Store, inodes: Inodes) -> None:
+        """Raises StoreUnusable where the store's files are kept in a way this process is not allowed."""
         self._store = store
         self._inodes = inodes
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -63,10 +66,13 @@ class UnionDriver:
         self._serials = itertools.count()
         self._scratch = store.scratch()
         self._run_scratch = store.run_scratch()
-        self._homes: dict[int, tuple[int, Scheme]] = {}
-        """By device: a scratch directory there, and what that file system can say."""
-        for fd in (self._run_scratch.fd, self._scratch.fd):
-            self._homes[os.fstat(fd).st_dev] = fd, find_scheme(fd)
+        self._homes = {os.fstat(fd).st_dev: fd for fd in (self._run_scratch.fd, self._scratch.fd)}
+        """By device: a scratch directory there."""
+        try:
+            self._scheme = _agreed_scheme(store, self._scratch.fd)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._run_scratch.close()
@@ -74,7 +80,7 @@ class UnionDriver:
 
     def upper(self, root: int) -> Upper:
         """The upper directory at `root`, a descriptor in store or run directory that stays the caller's."""
-        return Upper(root, *self._homes[os.fstat(root).st_dev])
+        return Upper(root, self._homes[os.fstat(root).st_dev], self._scheme)
 
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> WritableRootfs:
         return self._writable(parent, _ContainerOpener(self, self._store, container_id), label)
@@ -101,6 +107,24 @@ class UnionDriver:
 
 DRIVERS: dict[str, type[UnionDriver]] = {UnionDriver.name: UnionDriver}
 """By name; `auto` takes the first that works."""
+
+
+def _agreed_scheme(store: Store, scratch: int) -> Scheme:
+    """How the store's containers are kept: as those before us did, or else as we may."""
+    possible = find_scheme(scratch)
+    word = store.scheme(possible.word)
+    for scheme in Scheme:
+        if scheme.word == word:
+            break
+    else:
+        path = Layout(store.path).scheme
+        raise StoreUnusable(f"{path} says neither native nor plain: write into it which one the store is")
+    if scheme is Scheme.NATIVE and possible is Scheme.PLAIN:
+        raise StoreUnusable(
+            f"the files in {store.path} are root's (trusted.* xattrs), out of reach here: "
+            "mount it as root outside of a user namespace, or name another store with --store"
+        )
+    return scheme
 
 
 class _ImageOpener:

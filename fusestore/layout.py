@@ -22,6 +22,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
                                       container that has one cannot be bound to an image any more
         work/                         work directory of overlayfs
         workdir/                      0700, the container's own directory
+      scheme                          how the files of containers say who owns them
       names/<name>                    symlink to the id of the container of that name
       tmp/<unique>                    flocked (shared) while its maker lives; unlocked ones are rubbish
       trash/<unique>                  what was deleted; nothing in it is ever read
@@ -59,6 +60,9 @@ diff_id.
 in the user's order. The id is not in it (it is the directory's name), nor whether it is mounted (the run
 directory says so).
 
+**scheme**: "native" or "plain" and a newline (`fusestore.upper`): what the first process to mount the store
+was allowed. All that is in diff/, workdir/ and rundir/ is read and written so, by everybody from then on.
+
 **names/<name>**: made before the container or the document that uses it: a link whose target does not exist
 reserves nothing. Only for names that differ from the id.
 
@@ -75,11 +79,14 @@ Refused by a reader, in these words (StoreUnusable)::
     "… is neither empty nor a store: choose another directory for the store"
     "… is a store of version …, this fusestore knows 1: upgrade fusestore"
     "… uses …, unknown to this fusestore: upgrade fusestore"
+    "the files in … are root's (trusted.* xattrs), out of reach here: mount it as root outside of a user
+     namespace, or name another store with --store"
+    "… says neither native nor plain: write into it which one the store is"
     "….json is damaged: restore it from a backup, or import the images into a new store"
 
 History::
 
-    1   first version
+    1   first version. scheme came later: a store without it gets it when it is mounted
 """
 
 import hashlib
@@ -167,6 +174,10 @@ class Layout:
     @property
     def containers(self) -> str:
         return _join(self.root, "containers")
+
+    @property
+    def scheme(self) -> str:
+        return _join(self.root, "scheme")
 
     @property
     def names(self) -> str:

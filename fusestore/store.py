@@ -66,6 +66,7 @@ _ID_BYTES = 32
 """Of a container id made at random: 64 hex digits, as libpod's."""
 
 _INTENT_MAX = 16 << 20
+_SCHEME_MAX = 1 << 10
 
 _log = logging.getLogger("fusestore")
 
@@ -426,6 +427,15 @@ class Store:
     def mounts(self) -> list[MountRecord]:
         """The live mounts of this store."""
         return self._mounts.live()
+
+    def scheme(self, proposed: str) -> str:
+        """How containers' files are kept (layout.py): as the store says, or `proposed` if it does not yet."""
+        with self._workspace.lock():
+            try:
+                return read_file(self._layout.scheme, _SCHEME_MAX).decode("ascii", "replace").strip()
+            except FileNotFoundError:
+                self._workspace.write_file(self._layout.scheme, f"{proposed}\n".encode())
+        return proposed
 
     def lock(self) -> AbstractContextManager[None]:
         """While it is held nobody adds, removes or renames anything, and every method here that would waits.

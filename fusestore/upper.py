@@ -8,7 +8,8 @@ The format (fs/overlayfs/, overlayfs.rst): a whiteout is a character device 0:0;
 xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``; xattrs of the user's that begin so
 are stored with it twice ("escaped"). Two schemes:
 
-* NATIVE, where the process may chown, mknod and set trusted.*: the prefix is ``trusted.overlay.``.
+* NATIVE, where the process that mounted the store first may chown, mknod and set trusted.*: the prefix is
+  ``trusted.overlay.``.
 * PLAIN, for everybody else: ``user.overlay.`` (what the kernel reads with userxattr). Owner, mode, type and
   device number, where the file cannot have them, are in the xattr ``user.fusestore.stat``, the file itself
   keeping what its owner needs to work with it; other xattrs that may not be set have the prefix
@@ -47,6 +48,11 @@ class Scheme(enum.Enum):
 
     NATIVE = b"trusted.overlay."
     PLAIN = b"user.overlay."
+
+    @property
+    def word(self) -> str:
+        """What the store's file scheme says (layout.py)."""
+        return self.name.lower()
 
 
 class Found(NamedTuple):
