@@ -190,7 +190,8 @@ class _ContainerOpener:
             root = self._open_upper(directory, os.path.basename(path), lower)
         finally:
             os.close(directory)
-        return Opened(lower, readers, self._driver.upper(root), lambda: os.close(root))
+        upper = self._driver.upper(root)
+        return Opened(lower, readers, upper, lambda: os.close(root), upper.moved())
 
     def _open_upper(self, directory: int, name: bytes, lower: Lower) -> int:
         """The upper directory: the root of the image copied up, where it is not there yet."""

@@ -180,6 +180,8 @@ class Opened:
     """One for each layer of `lower`."""
     upper: Upper | None
     close: Callable[[], None]
+    moved: Sequence[bytes] = ()
+    """The paths of the directories that merge with lower ones of another name."""
 
 
 class Opener(Protocol):
@@ -298,6 +300,8 @@ class Rootfs(Branch):
         self._uses = 0
         self._hold: Closable | None = None
         self._objects: WeakValueDictionary[Ref | int, Object] = WeakValueDictionary()
+        self._moved: dict[bytes, Object] = {}
+        """Where directories of the image are that were renamed, by their path in the image."""
         self.root = RootObject(self, inodes.number(), None, b"", Resolved(-1, (), stat.S_IFDIR))
 
     # Life
@@ -322,6 +326,10 @@ class Rootfs(Branch):
         if opened.upper is not None:
             self.root.fd = opened.upper.root
             self._descriptors.entered(self)
+        for path in opened.moved:
+            directory = self._walk(self.root, path)
+            if directory is not None and directory.stack:
+                self._moved[opened.lower.directory_path(directory.stack)] = directory
 
     def give_up(self) -> bool:
         """Close all descriptors, to open them again when asked, if nothing is lost by it."""
@@ -509,13 +517,10 @@ class Rootfs(Branch):
         return directory.subdirectories
 
     def places(self, thing: Object) -> list[tuple[Object, bytes]]:
-        """Every (directory, name) that leads to a lower non-directory now, the one it is known by first.
-
-        A hard link in a directory that was renamed since is found only where `thing` was met under it.
-        """
+        """Every (directory, name) that leads to a lower non-directory now, the one it is known by first."""
         names = self.known_names(thing)
         for path in self._lower.paths(thing.stack[0]):
-            directory = self.walk(os.path.dirname(path))
+            directory = self._place_of(os.path.dirname(path))
             if directory is not None:
                 names[directory, os.path.basename(path)] = None
         return [place for place in names if self.leads_to(place, thing)]
@@ -531,9 +536,18 @@ class Rootfs(Branch):
         what = self.resolve(*place)
         return what is not None and what.key == thing.key
 
-    def walk(self, path: bytes) -> Object | None:
-        """The directory at `path` of this tree, no link followed; None when there is none."""
-        directory: Object = self.root
+    def _place_of(self, path: bytes) -> Object | None:
+        """Where the directory of the image at `path` is now; None, or another one, where it is gone."""
+        above = path if self._moved else b""
+        while above:
+            moved = self._moved.get(above)
+            if moved is not None:
+                return self._walk(moved, path[len(above) :])
+            above = os.path.dirname(above)
+        return self._walk(self.root, path)
+
+    def _walk(self, directory: Object, path: bytes) -> Object | None:
+        """The directory at `path` from another, no link followed; None when there is none."""
         for name in path.split(b"/"):
             if name:
                 what = self.resolve(directory, name)

@@ -6,7 +6,8 @@ with an O_PATH descriptor goes through /proc/self/fd, which leads to the object 
 
 The format (fs/overlayfs/, overlayfs.rst): a whiteout is a character device 0:0; an opaque directory has the
 xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``; xattrs of the user's that begin so
-are stored with it twice ("escaped"). Two schemes:
+are stored with it twice ("escaped"). Besides, which the kernel does not mind, the root has
+``…overlay.fusestore.moved`` = "y" as soon as fusestore has renamed a directory of the image. Two schemes:
 
 * NATIVE, where the process that mounted the store first may chown, mknod and set trusted.*: the prefix is
   ``trusted.overlay.``.
@@ -38,6 +39,7 @@ __all__ = ["Found", "Scheme", "Upper", "find_scheme"]
 _STAT = b"user.fusestore.stat"
 _FOREIGN = b"user.fusestore.xattr."
 _OWN = b"user.fusestore."
+_MOVED = b"fusestore.moved"
 _PERMISSIONS = 0o7777
 _serial = itertools.count()
 """Names in the scratch directory, which is this process's alone."""
@@ -236,7 +238,38 @@ class Upper:
 
     def set_redirect(self, fd: int, path: bytes) -> None:
         """The directory merges with the lower one at `path`, which is absolute in the image."""
+        os.setxattr(_proc(self.root), self._prefix + _MOVED, b"y")
         os.setxattr(_proc(fd), self._prefix + b"redirect", path)
+
+    def moved(self) -> list[bytes]:
+        """The paths of all directories with a redirect.
+
+        Reads all directories, but none where `set_redirect` never was called: what only the kernel renamed is
+        not found.
+        """
+        found: list[bytes] = []
+        if _getxattr(_proc(self.root), self._prefix + _MOVED) is None:
+            return found
+        chain = [(os.dup(self.root), b"", iter(self._subdirectories(self.root)))]
+        try:
+            while chain:
+                fd, path, names = chain[-1]
+                name = next(names, None)
+                if name is None:
+                    os.close(chain.pop()[0])
+                    continue
+                below = self.open(fd, name)
+                chain.append((below, path + name + b"/", iter(self._subdirectories(below))))
+                if _getxattr(_proc(below), self._prefix + b"redirect") is not None:
+                    found.append(path + name)
+        finally:
+            for fd, _, _ in chain:
+                os.close(fd)
+        return found
+
+    def _subdirectories(self, directory: int) -> list[bytes]:
+        with os.scandir(_proc(directory)) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
     # Making, in place
 

@@ -250,7 +250,10 @@ class WritableRootfs(Rootfs):
         """Around the removal of a name: what the kernel knows keeps a descriptor, or has another name."""
         if thing.in_upper and thing.lookups:
             self.descriptor(thing)
+        lower = thing.stack if thing.format == stat.S_IFDIR else ()
         yield
+        if lower:
+            self._moved.pop(self._lower.directory_path(lower), None)
         self._descriptors.discard(thing)
         if thing.format == stat.S_IFDIR:
             thing.is_orphan = True
@@ -359,8 +362,9 @@ class WritableRootfs(Rootfs):
         if thing.format != stat.S_IFDIR:
             return
         if thing.stack:
-            path = b"/" + self._lower.directory_path(thing.stack)
-            self._upper.set_redirect(self.descriptor(thing), path)
+            path = self._lower.directory_path(thing.stack)
+            self._upper.set_redirect(self.descriptor(thing), b"/" + path)
+            self._moved[path] = thing
         elif self._lower.lookup(new.stack, new_name):
             self._upper.set_opaque(self.descriptor(thing))
 

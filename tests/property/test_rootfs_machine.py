@@ -3,9 +3,6 @@
 After every few calls the whole tree is compared: names, types, modes, owners, link counts, sizes, content,
 targets, xattrs, times, and which names are one file. `rig.treecalls.FakeKernel` checks on the way that what
 the kernel knows keeps its node and number, and that lookup and listing agree.
-
-A hard link of a lower file in a directory that was renamed is found only once it was looked up (see
-`Rootfs.places`): so the tree is walked when something has moved, and then whenever it was forgotten.
 """
 
 import errno
@@ -50,14 +47,11 @@ class RootfsMachine(RuleBasedStateMachine):
         self.kernel: FakeKernel
         self.model: TreeModel
         self.held: dict[int, bool] = {}
-        self.moved = False
-        self.has_links = False
 
     @initialize(image=images(), capacity=st.sampled_from((16, 1000)))
     def start(self, image: list[list[Member]], capacity: int) -> None:
         self.area = Area([layer(*members) for members in image], self.scheme, capacity)
         self.model = TreeModel(image, keeps_owners=self.scheme is Scheme.NATIVE)
-        self.has_links = any(member.type == b"1" for members in image for member in members)
         self.kernel = self.area.kernel()
 
     def teardown(self) -> None:
@@ -86,19 +80,11 @@ class RootfsMachine(RuleBasedStateMachine):
         assert errno.errorcode.get(got, got) == errno.errorcode.get(expected, expected)
         return got
 
-    def meet(self) -> None:
-        """Have the kernel know all names, where names it does not know may be missed."""
-        if self.moved and self.has_links:
-            self.kernel.snapshot()
-
     # Calls
 
     def _call(self, call: Call) -> None:
         name, arguments = aimed(call, self.model)
-        is_move = name == "rename"
-        if not self.both(name, *arguments) and is_move:
-            self.moved = True
-            self.meet()
+        self.both(name, *arguments)
 
     @rule(call=calls(), looks=st.booleans(), exhausts=st.booleans())
     def call(self, call: Call, looks: bool, exhausts: bool) -> None:
@@ -186,12 +172,10 @@ class RootfsMachine(RuleBasedStateMachine):
     @rule(path=paths)
     def forget_one(self, path: bytes) -> None:
         self.kernel.forget_one(path)
-        self.meet()
 
     @rule()
     def forget(self) -> None:
         self.kernel.forget()
-        self.meet()
 
     @rule()
     def open_again(self) -> None:
@@ -201,7 +185,6 @@ class RootfsMachine(RuleBasedStateMachine):
             self.model.release(slot)
         self.held.clear()
         self.kernel = self.area.kernel()
-        self.meet()
 
 
 def _without_owners(tree: Snapshot) -> Snapshot:

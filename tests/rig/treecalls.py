@@ -91,7 +91,8 @@ class Area:
         root = os.open(self.diff, _PATH)
         lower = Lower([layer.index for layer in self.layers])
         readers: Sequence[Any] = [layer.reader for layer in self.layers]
-        return Opened(lower, readers, Upper(root, self._scratch, self.scheme), lambda: os.close(root))
+        upper = Upper(root, self._scratch, self.scheme)
+        return Opened(lower, readers, upper, lambda: os.close(root), upper.moved())
 
     def peek(self) -> Attr:
         raise AssertionError("the rootfs is prepared")

@@ -143,6 +143,17 @@ def test_a_renamed_directory_has_the_kernels_redirect(place: Place) -> None:
     assert found is not None and found.entry == UpperEntry(is_directory=True, redirect=b"/old")
 
 
+def test_renamed_directories_are_found(place: Place) -> None:
+    assert place.upper.moved() == []
+    for name, redirect in ((b"d", b"/a"), (b"e", b"/b")):
+        above = place.directory(name)
+        place.upper.make_directory(above, b"below", 0o755, 0, 0, replaces=False)
+        place.upper.set_redirect(above, redirect)
+    place.upper.set_redirect(place.upper.open(above, b"below"), b"/c")
+    os.close(place.directory(b"f"))
+    assert sorted(place.upper.moved()) == [b"d", b"e", b"e/below"]
+
+
 def test_listing_and_find_agree(place: Place) -> None:
     upper, root = place.upper, place.root
     place.file(b"file")

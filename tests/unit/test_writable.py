@@ -111,34 +111,41 @@ def test_a_copy_takes_all_its_names_along(area: Area, kernel: FakeKernel) -> Non
     assert len({(area.diff / name).stat().st_ino for name in names}) == 1
 
 
-def test_names_in_a_renamed_directory_come_along_when_the_kernel_knows_them(kernel: FakeKernel) -> None:
-    for name in (b"b", b"d/l", b"d/e/m"):
-        kernel.node(name)
-    kernel.rename(b"d", b"z", 0)
-    kernel.write(b"z/l", 8, b"new")
-    kernel.forget()
-    assert {_read(kernel, name) for name in (b"b", b"z/l", b"z/e/m")} == {b"content new"}
-
-
-def test_what_is_written_is_where_it_was_written_whatever_the_kernel_knows(
-    area: Area, kernel: FakeKernel
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("written", [b"b", b"z/l", b"z/y/m"])
+def test_names_in_renamed_directories_come_along(
+    area: Area, kernel: FakeKernel, written: bytes, again: bool
 ) -> None:
+    kernel.rename(b"d/e", b"d/y", 0)
     kernel.rename(b"d", b"z", 0)
-    kernel = _again(area, kernel)
-    kernel.write(b"z/l", 8, b"new")
-    kernel = _again(area, kernel)
-    assert _read(kernel, b"z/l") == b"content new"
+    kernel.forget()
+    kernel = _again(area, kernel) if again else kernel
+    assert kernel.rootfs.attr(kernel.node(written)).nlink == 3
+    kernel.write(written, 8, b"new")
+    assert {_read(kernel, name) for name in (b"b", b"z/l", b"z/y/m")} == {b"content new"}
     kernel.detach()
 
 
-def test_a_file_is_written_where_it_is_known_last_and_first(kernel: FakeKernel) -> None:
-    """Known by a name in a directory that moved, then met by another: both must show what is written."""
+def test_a_name_in_a_removed_directory_that_had_moved_counts_no_more(kernel: FakeKernel) -> None:
+    kernel.rename(b"d/e", b"y", 0)
+    for name in (b"y/m", b"y/x"):
+        kernel.unlink(name)
+    kernel.rmdir(b"y")
+    kernel.mkdir(b"y", 0o755)
+    assert kernel.rootfs.attr(kernel.node(b"b")).nlink == 2
+    assert kernel.rootfs._moved == {}
+
+
+def test_names_in_a_directory_that_the_kernel_renamed_come_along_once_they_were_met(
+    area: Area, kernel: FakeKernel
+) -> None:
     kernel.rename(b"d", b"z", 0)
+    os.removexattr(area.diff, b"trusted.overlay.fusestore.moved")
+    kernel = _again(area, kernel)
+    assert kernel.rootfs.attr(kernel.node(b"b")).nlink == 1
     kernel.node(b"z/l")
-    kernel.node(b"b")
-    kernel.write(b"z/l", 8, b"new")
-    kernel.forget()
-    assert (_read(kernel, b"z/l"), _read(kernel, b"b")) == (b"content new", b"content new")
+    assert kernel.rootfs.attr(kernel.node(b"b")).nlink == 2
+    kernel.detach()
 
 
 @pytest.mark.parametrize("step", ["dress_copy", "publish", "open"])
