@@ -19,7 +19,8 @@ zeros are a run of their own (seek.py), know no other. Where none do, the blob i
 
 Reading is a `LayerReader`: of a plain tar `_PlainReader`, of a compressed one `_SpanReader` over a
 `SeekTable` (where decoding can begin), a `SpanFile` (what was decoded before) and the blob. Blob, table and
-cache file are kept open: a reader goes on working when their names are removed. Every decoded span is
+cache file are kept open: a reader goes on working when their names are removed, and goes on with another blob
+of that name only when told (`LayerReader.reopen`). Every decoded span is
 compared with its CRC-32 before anyone sees it, so a damaged blob is an error for its damaged spans, and never
 wrong data.
 """
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, Protocol
 
+from .durable import is_damage
 from .errors import LayerRefused, StoreDamaged
 from .layer import LayerBuilder
 from .nodes import Digest
@@ -161,17 +163,16 @@ def derive(
 ) -> Ingested:
     """The same pass over a blob of the store, to make its derived files again.
 
-    Raises StoreDamaged when the blob is not there, or not the one it should be.
+    Raises StoreDamaged when the blob is not there, or not the one it should be; OSError where it could not be
+    read.
     """
     try:
         with open(blob_path, "rb", buffering=0) as source:
             return ingest(
                 source, expected_blob=blob, expected_diff_id=diff_id, limits=limits, progress=progress
             )
-    except OSError as error:
-        raise _damaged(blob_path, error.strerror or "unreadable") from error
-    except LayerRefused as error:
-        raise _damaged(blob_path, str(error)) from error
+    except (OSError, LayerRefused) as error:
+        raise _of_blob(error, blob_path) from error
 
 
 def _decoder(compression: Compression, spans: SpanCutter) -> Decoder:
@@ -205,6 +206,15 @@ def _damaged(blob_path: FilePath, what: str) -> StoreDamaged:
     return StoreDamaged(f"layer blob {os.fsdecode(blob_path)}: {what}; import the image again")
 
 
+def _of_blob(error: OSError | LayerRefused, blob_path: FilePath) -> OSError | StoreDamaged:
+    """What to raise for an error in reading a blob."""
+    if isinstance(error, LayerRefused):
+        return _damaged(blob_path, str(error))
+    if is_damage(error):
+        return _damaged(blob_path, error.strerror or "unreadable")
+    return error
+
+
 class LayerReader(ABC):
     """Random access to the uncompressed tar of one layer.
 
@@ -213,8 +223,11 @@ class LayerReader(ABC):
     last.
     """
 
-    size: int
-    """Bytes of the tar."""
+    def __init__(self, blob_fd: int, blob_path: FilePath, size: int) -> None:
+        self.size = size
+        """Bytes of the tar."""
+        self._blob_fd = blob_fd
+        self._blob_path = blob_path
 
     @abstractmethod
     def read_now(self, offset: int, length: int) -> bytes | None:
@@ -227,8 +240,21 @@ class LayerReader(ABC):
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes of the tar at `offset`; fewer only at its end.
 
-        Raises StoreDamaged where blob or table are damaged; other ranges go on working.
+        Raises StoreDamaged where blob or table are damaged, OSError where they could not be read; other
+        ranges go on working.
         """
+
+    def reopen(self) -> None:
+        """Read, from now on, the blob that is at its path: an import replaces a damaged one.
+
+        Beside reads. Raises StoreDamaged where there is none any more, OSError where it could not be opened;
+        then it goes on with the old one.
+        """
+        found = _open_blob(self._blob_path)
+        try:
+            os.dup2(found, self._blob_fd, inheritable=False)
+        finally:
+            os.close(found)
 
     @abstractmethod
     def close(self) -> None:
@@ -248,12 +274,9 @@ def open_reader(
     """A reader of the blob, with the table in `seek_path` (None: the blob is the tar itself).
 
     `cache_path` need not exist. Raises StoreDamaged when blob or table are missing, or the table is damaged
-    or made for a tar of another size.
+    or made for a tar of another size; OSError where they could not be opened.
     """
-    try:
-        blob_fd = os.open(blob_path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _damaged(blob_path, error.strerror or "unreadable") from error
+    blob_fd = _open_blob(blob_path)
     if seek_path is None:
         return _PlainReader(blob_fd, blob_path, tar_size)
     with ExitStack() as on_error:
@@ -265,13 +288,15 @@ def open_reader(
     return _SpanReader(blob_fd, blob_path, table, cached)
 
 
+def _open_blob(path: FilePath) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _of_blob(error, path) from error
+
+
 class _PlainReader(LayerReader):
     """The blob is the tar."""
-
-    def __init__(self, blob_fd: int, blob_path: FilePath, size: int) -> None:
-        self.size = size
-        self._blob_fd = blob_fd
-        self._blob_path = blob_path
 
     def read_now(self, offset: int, length: int) -> bytes:
         return self.read(offset, length)
@@ -303,9 +328,7 @@ class _SpanReader(LayerReader):
     """
 
     def __init__(self, blob_fd: int, blob_path: FilePath, table: SeekTable, cached: SpanFile) -> None:
-        self.size = table.tar_size
-        self._blob_fd = blob_fd
-        self._blob_path = blob_path
+        super().__init__(blob_fd, blob_path, table.tar_size)
         self._table = table
         self._cached = cached
         self._run_locks = tuple(threading.Lock() for _ in range(_RUN_LOCKS))
@@ -369,7 +392,4 @@ class _SpanReader(LayerReader):
                 return data
 
     def _read_blob(self, length: int, offset: int) -> bytes:
-        try:
-            return os.pread(self._blob_fd, length, offset)
-        except OSError as error:
-            raise _damaged(self._blob_path, error.strerror or "unreadable") from error
+        return os.pread(self._blob_fd, length, offset)

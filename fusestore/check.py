@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from . import oci
 from .blobs import Ingested, derive
-from .durable import read_file
-from .errors import BadName, BadSource, NotFound, StoreDamaged, StoreError
+from .durable import is_damage, read_file
+from .errors import BadName, BadSource, StoreDamaged, StoreError
 from .images import Image, loose_parts
 from .layer import LayerIndex
 from .layerfiles import LayerRef, map_index
@@ -33,6 +33,8 @@ __all__ = ["Finding", "check"]
 _IMPORT_AGAIN = "import the image again"
 _MADE_AGAIN = "remove it, it is made again from the blob"
 _UNUSED = "remove it"
+_SAVE = "save what you need from diff/ beside it, then delete the container"
+_NOT_READ = "see to that, then check again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +105,28 @@ def _check_blob(layout: Layout, digest: Digest, advance: Callable[[int], None]) 
         with open(path, "rb", buffering=0) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        yield Finding(path, f"cannot be read ({error.strerror})", _IMPORT_AGAIN)
+        yield _unread(path, error, _IMPORT_AGAIN)
         return
     if f"sha256:{found}" != digest:
         yield Finding(path, "the content has another digest", _IMPORT_AGAIN)
     advance(_size(path))
 
 
+def _unread(path: str, error: OSError, remedy: str) -> Finding:
+    """`remedy` is that of a file which is damaged."""
+    return Finding(path, f"cannot be read ({error.strerror})", remedy if is_damage(error) else _NOT_READ)
+
+
 def _check_layer(layout: Layout, layer: LayerRef, advance: Callable[[int], None]) -> Iterator[Finding]:
     path = layout.blob(layer.blob)
     try:
         made = derive(path, blob=layer.blob, diff_id=layer.diff_id, progress=advance)
+    except OSError as error:
+        yield _unread(path, error, _IMPORT_AGAIN)
+        return
     except StoreDamaged as error:
         # A blob that is missing altogether is found with its image.
-        yield Finding(path, str(error), _IMPORT_AGAIN)
+        yield Finding(path, f"is damaged ({error.__cause__})", _IMPORT_AGAIN)
         return
     yield from _check_index(layout.layer_index(layer.diff_id), made)
     if made.seek is not None:
@@ -133,8 +143,10 @@ def _check_index(path: str, made: Ingested) -> Iterator[Finding]:
             yield Finding(path, "is of another layer", _MADE_AGAIN)
     except FileNotFoundError:
         return
-    except (OSError, StoreDamaged) as error:
-        yield Finding(path, f"is damaged ({error})", _MADE_AGAIN)
+    except OSError as error:
+        yield _unread(path, error, _MADE_AGAIN)
+    except StoreDamaged:
+        yield Finding(path, "is damaged", _MADE_AGAIN)
 
 
 def _is_same(found: LayerIndex, expected: LayerIndex) -> bool:
@@ -170,8 +182,10 @@ def _check_table(path: str, made: Ingested) -> Iterator[Finding]:
         SeekTable(path, made.tar_size).close()
     except FileNotFoundError:
         return
-    except (OSError, StoreDamaged) as error:
-        yield Finding(path, f"is damaged ({error})", _MADE_AGAIN)
+    except OSError as error:
+        yield _unread(path, error, _MADE_AGAIN)
+    except StoreDamaged:
+        yield Finding(path, "is damaged", _MADE_AGAIN)
 
 
 # What points to what
@@ -190,7 +204,11 @@ def _check_images(store: Store, layout: Layout) -> Iterator[Finding]:
         )
     for entry in store.image_entries():
         if entry.image_id is None:
-            yield Finding(layout.index, entry.problem, "remove its entry, or import the image again")
+            yield Finding(
+                layout.index,
+                entry.problem.removesuffix(f": {_IMPORT_AGAIN}"),
+                "remove its entry, or import the image again",
+            )
     for image in store.images():
         yield from _check_image(store, layout, image)
 
@@ -208,7 +226,7 @@ def _check_image(store: Store, layout: Layout, image: Image) -> Iterator[Finding
             yield Finding(path, f"a layer {known} has {_size(path)} bytes, not {layer.size}", _IMPORT_AGAIN)
     try:
         described = store.describe_image(image)
-    except (BadSource, StoreError):
+    except (BadSource, StoreError, OSError):
         return  # its blobs are found above, or by their digests
     if described != image:
         path = layout.image_record(image.id)
@@ -241,10 +259,12 @@ def _check_containers(store: Store, layout: Layout) -> Iterator[Finding]:
                 yield Finding(part, "the directory is missing", "make it, empty")
         try:
             found = store.container(container_id)
-        except (StoreDamaged, NotFound) as error:
-            yield Finding(
-                path, str(error), "save what you need from diff/ beside it, then delete the container"
-            )
+        except OSError as error:
+            yield _unread(path, error, _SAVE)
+            continue
+        except StoreDamaged as error:
+            problem = str(error).removeprefix(f"{path} ").rpartition(": ")[0]
+            yield Finding(path, problem, _SAVE)
             continue
         if found.image_id and found.image_id not in images:
             known = found.image_name or found.image_id[:12]

@@ -47,7 +47,16 @@ LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_MAX_S = 0.02
 
 _DAMAGE = frozenset(
-    [errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENXIO, errno.ENODEV]
+    [
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EINVAL,
+        errno.EFBIG,
+        errno.ELOOP,
+        errno.ENXIO,
+        errno.ENODEV,
+    ]
 )
 
 
@@ -98,7 +107,7 @@ def read_file(path: str, limit: int) -> bytes:
 
 
 def is_damage(error: OSError) -> bool:
-    """Whether an error of `read_file` is about what is there: any other may be over in a moment."""
+    """Whether an error in reading a file is about what is there: any other may be over in a moment."""
     return error.errno in _DAMAGE
 
 

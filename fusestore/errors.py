@@ -29,7 +29,9 @@
         ├── StoreDamaged              EIO           names the file and the remedy
         └── StoreUnusable             EIO           no store there, or one of another version
 
-An OSError raised by a system call on a container's own files keeps its errno (ENOSPC, EDQUOT, EROFS).
+An OSError raised by a system call on a container's own files keeps its errno (ENOSPC, EDQUOT, EROFS). One on
+a file of the store is StoreDamaged only where it proves damage (durable.is_damage): importing again is no
+remedy for too many open files, a missing permission or a failing disk.
 What is missing for the user is NotFound; what is missing in the store is StoreDamaged: never the same error.
 `errno_of` is the one place that maps an exception to an errno.
 """

@@ -196,9 +196,11 @@ class Importer:
                 raise LayerRefused(str(error)) from error
             return self._stage_derived(layer, made, scratch, prefix, None)
         name = f"blob-{prefix}"
-        fd = scratch.create(name)
-        reader = layer.open()
-        try:
+        with contextlib.ExitStack() as stack:
+            fd = scratch.create(name)
+            stack.callback(os.close, fd)
+            reader = layer.open()
+            stack.callback(reader.close)
             made = ingest(
                 reader,
                 sink=lambda data: write_all(fd, data),
@@ -206,9 +208,6 @@ class Importer:
                 expected_diff_id=layer.diff_id,
                 progress=counter.add,
             )
-        finally:
-            reader.close()
-            os.close(fd)
         return self._stage_derived(layer, made, scratch, prefix, name)
 
     def _stage_derived(

@@ -7,6 +7,7 @@ the two digests are equal.
 Thread-safe. A layer is shared by all who open it, and closes when nobody refers to it any more.
 """
 
+import contextlib
 import mmap
 import os
 import threading
@@ -15,7 +16,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from .blobs import LayerReader, derive, open_reader
-from .durable import Workspace
+from .durable import Workspace, is_damage
 from .errors import StoreDamaged
 from .layer import LayerIndex
 from .layout import Layout
@@ -122,7 +123,9 @@ class LayerFiles:
             tar_size = map_index(self._layout.layer_index(ref.diff_id)).tar_size
             if ref.is_compressed:
                 SeekTable(self._layout.seek_table(ref.diff_id, ref.blob), tar_size).close()
-        except (OSError, StoreDamaged):
+        except (OSError, StoreDamaged) as error:
+            if isinstance(error, OSError) and not is_damage(error):
+                raise
             return False
         return True
 
@@ -131,6 +134,14 @@ class LayerFiles:
         with self._lock:
             dropped = [self._recent.pop(diff_id, None) for diff_id in diff_ids]
         del dropped
+
+    def reopen(self) -> None:
+        """Has open layers read the blobs that are there now: an import replaces damaged ones."""
+        with self._lock:
+            layers = list(self._open.values())
+        for layer in layers:
+            with contextlib.suppress(StoreDamaged):  # deleted: who has it open keeps it
+                layer.reader.reopen()
 
     def close(self) -> None:
         """Idempotent. Layers that someone refers to stay open until let go."""
@@ -142,7 +153,9 @@ class LayerFiles:
     def _open_or_derive(self, ref: LayerRef) -> Layer:
         try:
             return self._open_layer(ref)
-        except (OSError, StoreDamaged):
+        except (OSError, StoreDamaged) as error:
+            if isinstance(error, OSError) and not is_damage(error):
+                raise
             self._derive(ref)
             return self._open_layer(ref)
 

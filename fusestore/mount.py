@@ -143,7 +143,7 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
         stack.callback(lambda: pyfuse3.close(unmount=not departure.is_detached))
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
-        trio.run(_serve, record, tree, trash, departure, ready)
+        trio.run(_serve, record, store, tree, trash, departure, ready)
     _log.info("unmounted %s", mountpoint)
 
 
@@ -206,11 +206,16 @@ class _Trash:
 
 
 async def _serve(
-    record: MountRecord, tree: Tree, trash: _Trash, departure: "_Departure", ready: Callable[[], None]
+    record: MountRecord,
+    store: Store,
+    tree: Tree,
+    trash: _Trash,
+    departure: "_Departure",
+    ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(departure.run)
-        nursery.start_soon(_answer_bell, record, tree)
+        nursery.start_soon(_answer_bell, record, store, tree)
         nursery.start_soon(_announce, record.mountpoint, ready)
         nursery.start_soon(trash.run)
         await pyfuse3.main()
@@ -223,7 +228,7 @@ async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
     ready()
 
 
-async def _answer_bell(record: MountRecord, tree: Tree) -> None:
+async def _answer_bell(record: MountRecord, store: Store, tree: Tree) -> None:
     """Have the kernel forget what other processes say they changed."""
     assert record.bell is not None, "only the daemon has one"
     record.bell.setblocking(False)
@@ -236,13 +241,16 @@ async def _answer_bell(record: MountRecord, tree: Tree) -> None:
                 _log.warning("the bell: %s", error)
                 await trio.sleep(_BELL_PAUSE_S)
             else:
-                nursery.start_soon(_hear, connection, tree)
+                nursery.start_soon(_hear, connection, store, tree)
 
 
-async def _hear(connection: trio.socket.SocketType, tree: Tree) -> None:
+async def _hear(connection: trio.socket.SocketType, store: Store, tree: Tree) -> None:
     with connection, trio.move_on_after(_HEARING_S):
         try:
-            place = tree.heard(Changed.decode(await connection.recv(BELL_MAX)))
+            changed = Changed.decode(await connection.recv(BELL_MAX))
+            if changed.place == "images":
+                await trio.to_thread.run_sync(store.reopen_layers)
+            place = tree.heard(changed)
             if place is not None:
                 await trio.to_thread.run_sync(_invalidate, *place)
             await connection.send(b"!")

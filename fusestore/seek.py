@@ -36,6 +36,7 @@ from typing import Final, Literal, NamedTuple
 import zstandard
 from isal.isal_zlib import crc32
 
+from .durable import is_damage
 from .errors import StoreDamaged
 
 __all__ = ["Compression", "FilePath", "Restart", "SPAN", "SPAN_MAX", "SeekTable", "SpanCutter", "WINDOW"]
@@ -154,7 +155,10 @@ class SeekTable:
     """
 
     def __init__(self, path: FilePath, tar_size: int) -> None:
-        """Raises StoreDamaged when there is no sound table at `path`, made for a tar of `tar_size` bytes."""
+        """Raises StoreDamaged when there is no sound table at `path`, made for a tar of `tar_size` bytes.
+
+        OSError where it could not be read.
+        """
         self._where = os.fsdecode(path)
         self._fd = -1
         self.tar_size = tar_size
@@ -163,6 +167,8 @@ class SeekTable:
             self._load(os.fstat(self._fd).st_size)
         except OSError as error:
             self.close()
+            if not is_damage(error):
+                raise
             raise self._damaged(error.strerror or "unreadable") from error
         except StoreDamaged:
             self.close()
@@ -198,7 +204,7 @@ class SeekTable:
             if zstandard.frame_content_size(stored) > WINDOW:
                 raise self._damaged(f"the window of span {span} is too long")
             window = zstandard.ZstdDecompressor().decompress(stored, max_output_size=WINDOW)
-        except (OSError, zstandard.ZstdError) as error:
+        except zstandard.ZstdError as error:
             raise self._damaged(f"the window of span {span}: {error}") from error
         return Restart(in_offset, bit, window)
 

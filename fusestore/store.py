@@ -198,6 +198,7 @@ class Store:
         Raises BadSource, BadName, LayerRefused, Exists (a name that cannot stand beside another).
         """
         image = self._importer.run(source, names, progress)
+        self.reopen_layers()
         self._mounts.announce(Changed("images", image.id))
         return image
 
@@ -229,6 +230,10 @@ class Store:
         Missing or damaged derived files are made again, which takes time. Raises StoreDamaged for blobs.
         """
         return [self._layers.open(ref) for ref in image.layers]
+
+    def reopen_layers(self) -> None:
+        """Has open layers read the blobs that are there now: an import, also by others, may replace some."""
+        self._layers.reopen()
 
     def manifest(self, image: Image) -> bytes:
         """Raises StoreDamaged."""

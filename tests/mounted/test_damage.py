@@ -53,6 +53,20 @@ def test_importing_again_repairs_a_blob(unmounted: Mount, images: Images) -> Non
 
 
 @pytest.mark.parametrize("damage", ["removed", "damaged"])
+def test_importing_again_heals_the_mount(unmounted: Mount, images: Images, damage: str) -> None:
+    blob = _layer_blob(unmounted)
+    if damage == "removed":
+        blob.unlink()
+    else:
+        blob.write_bytes(bytes(blob.stat().st_size))
+    unmounted.mount()
+    unmounted.sh("cat images/busybox/rootfs/bin/busybox").fails_with(errno.EIO)
+    _log_names(unmounted, blob)
+    unmounted.fusestore("import", images.busybox.source).ok()
+    unmounted.sh("cat images/busybox/rootfs/bin/busybox > /dev/null").ok()
+
+
+@pytest.mark.parametrize("damage", ["removed", "damaged"])
 def test_derived_files_are_made_again(unmounted: Mount, damage: str) -> None:
     for directory in (unmounted.store / "layers").iterdir():
         if damage == "removed":

@@ -1,19 +1,43 @@
 """Stores for tests that need no mount, and disks under them that die or fail at a chosen step. Blocking."""
 
+import builtins
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fusestore import durable
 from fusestore.store import Store
 
-__all__ = ["Crash", "Dying", "Failing", "Full", "Interrupted", "Unsynced", "open_at"]
+__all__ = ["Crash", "Dying", "Failing", "Full", "Interrupted", "Unsynced", "fail_to_open", "open_at"]
 
 
 def open_at(place: Path) -> Store:
     """The store and run directory in `place`, made if need be."""
     return Store.open(place / "store", place / "run", create=True)
+
+
+def fail_to_open(patch: pytest.MonkeyPatch, wanted: str | os.PathLike[str], number: int) -> None:
+    """Has every open(2) of that file fail with an errno, until `patch` is undone."""
+    real_open, real_os_open = open, os.open
+
+    def refuse(path: Any) -> None:
+        if not isinstance(path, int) and os.fsdecode(path) == os.fspath(wanted):
+            raise OSError(number, os.strerror(number), path)
+
+    def opened(path: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse(path)
+        return real_open(path, *args, **kwargs)
+
+    def os_opened(path: Any, *args: Any, **kwargs: Any) -> int:
+        refuse(path)
+        return real_os_open(path, *args, **kwargs)
+
+    patch.setattr(builtins, "open", opened)
+    patch.setattr(os, "open", os_opened)
 
 
 class Crash(BaseException):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from rig.ocisources import tar_of
+from rig.stores import fail_to_open
 from rig.streams import STREAMS, content
 
 from fusestore import blobs
@@ -584,12 +585,60 @@ def test_a_reader_that_cannot_be_opened_leaks_nothing(layer, monkeypatch):
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_disk_error_of_the_blob_is_damage(layer, monkeypatch):
+def test_a_disk_error_of_the_blob_is_no_damage(layer):
     reader = layer("gzip 6").open(SpanCache(LARGE))
     os.close(reader._blob_fd)
     try:
-        with pytest.raises(StoreDamaged, match="Bad file descriptor; import the image again"):
+        with pytest.raises(OSError, match="Bad file descriptor"):
             reader.read(0, 10)
     finally:
         reader._blob_fd = os.open("/dev/null", os.O_RDONLY)
         reader.close()
+
+
+PASSING = [errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.ENOSPC, errno.ENOMEM]
+
+
+@pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize("file", ["blob", "seek"])
+def test_what_cannot_be_opened_is_no_damage(layer, monkeypatch, file, number):
+    one = layer("gzip 6")
+    fail_to_open(monkeypatch, one.place / file, number)
+    with pytest.raises(OSError) as failure:
+        one.open(SpanCache(LARGE))
+    assert failure.value.errno == number
+
+
+@pytest.mark.parametrize("number", PASSING)
+def test_what_cannot_be_opened_to_derive_is_no_damage(layer, monkeypatch, number):
+    one = layer("gzip 6")
+    fail_to_open(monkeypatch, one.path, number)
+    with pytest.raises(OSError) as failure:
+        derive(str(one.path))
+    assert failure.value.errno == number
+
+
+@pytest.mark.parametrize("name", ["plain", "gzip 6", "zstd"])
+def test_a_blob_that_replaced_a_damaged_one_is_read_when_reopened(layer, name):
+    one = layer(name)
+    reader = one.open(SpanCache(LARGE))
+    one.path.write_bytes(one.blob[: len(one.blob) // 2])
+    with pytest.raises(StoreDamaged):
+        reader.read(0, len(TAR))
+    (one.place / "sound").write_bytes(one.blob)
+    (one.place / "sound").rename(one.path)
+    reader.reopen()
+    assert reader.read(0, len(TAR)) == TAR
+    reader.close()
+
+
+def test_a_blob_that_cannot_be_reopened_is_still_read(layer):
+    one = layer("gzip 6")
+    reader = one.open(SpanCache(LARGE))
+    one.path.unlink()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(StoreDamaged):
+        reader.reopen()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert reader.read(0, len(TAR)) == TAR
+    reader.close()

@@ -1,5 +1,6 @@
 """The verification: silent about a sound store, one line with a remedy for each thing that is wrong."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rig.ocisources import SourceMaker, tar_of
-from rig.stores import open_at
+from rig.stores import fail_to_open, open_at
 
 from fusestore.check import Finding, check
 from fusestore.store import Store
@@ -177,6 +178,33 @@ def test_findings(tmp_path: Path, store: Store, kind: str) -> None:
         assert tree(reopened) == before
     assert any(problem in line and remedy in line for line in found), found
     assert not any("\n" in line for line in found)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_finding_says_each_thing_once(tmp_path: Path, store: Store, kind: str) -> None:
+    damage, _, _ = DAMAGE[kind]
+    damage(store)
+    with open_at(tmp_path) as reopened:
+        for finding in check(reopened):
+            assert finding.path not in finding.problem
+            assert "again" not in finding.problem and "remove" not in finding.problem
+
+
+@pytest.mark.parametrize(
+    "name", ["layer", "manifest", "layers/*/index", "layers/*/seek.*", "containers/c/container"]
+)
+def test_what_cannot_be_read_now_is_not_to_be_thrown_away(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    image = store.images()[0]
+    paths = {"layer": layer_blob(store), "manifest": Path(store.blob_path(image.manifest))}
+    path = paths[name] if name in paths else next(Path(store.path).glob(name))
+    fail_to_open(monkeypatch, path, errno.EIO)
+    with open_at(tmp_path) as reopened:
+        found = [finding for finding in check(reopened) if finding.path == str(path)]
+    assert {str(finding) for finding in found} == {
+        f"{path}: cannot be read (Input/output error): see to that, then check again"
+    }
 
 
 @pytest.mark.parametrize("name", ["layers/*/index", "layers/*/seek.*", "layers/*/cache", "images/*/image"])

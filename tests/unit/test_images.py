@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import zstandard
 from rig.ocisources import OCI, SourceMaker, digest, docker_archive, tar_of
-from rig.stores import open_at
+from rig.stores import fail_to_open, open_at
 
+from fusestore import layerfiles
 from fusestore.check import check
 from fusestore.errors import BadName, BadSource, Busy, Exists, LayerRefused, NotFound, StoreDamaged
+from fusestore.sources import LayerSource
 from fusestore.store import Image, Store
 
 BASE, APP, OTHER = tar_of({"etc/passwd": b"root"}), tar_of({"app": b"1"}), tar_of({"app": b"2"})
@@ -491,6 +493,52 @@ def test_a_damaged_index_json(tmp_path: Path, content: bytes) -> None:
         Path(store.index_path).write_bytes(content)
         with pytest.raises(StoreDamaged, match=r"index\.json is damaged"):
             store.images()
+
+
+@pytest.mark.parametrize("file", ["index.json", "blob", "layers/*/index", "layers/*/seek.*", "manifest"])
+def test_a_file_that_cannot_be_opened_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Nothing is made again either: there may be no room, or the disk may be failing."""
+    with open_at(tmp_path) as store:
+        image = store.import_image(layout(tmp_path / "1", BASE))
+    with open_at(tmp_path) as store:
+        if file == "manifest":
+            shutil.rmtree(Path(store.path, "images", image.id))
+        paths = {"blob": store.blob_path(image.layers[0].blob), "manifest": store.blob_path(image.manifest)}
+        (path,) = [paths[file]] if file in paths else map(str, Path(store.path).glob(file))
+        with monkeypatch.context() as patch:
+            fail_to_open(patch, path, errno.EMFILE)
+            patch.setattr(layerfiles, "derive", lambda *_, **__: pytest.fail("made again"))
+            with pytest.raises(OSError, match="Too many open files"):
+                read(store, store.image(image.id))
+        read(store, store.image(image.id))
+
+
+def test_a_layer_that_cannot_be_opened_leaks_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = layout(tmp_path / "1", BASE)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def exhausted(source: LayerSource) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(LayerSource, "open", exhausted)
+        store.import_image(text)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_importing_again_heals_the_layers_that_are_open(tmp_path: Path, store: Store) -> None:
+    text = layout(tmp_path / "1", BASE)
+    image = store.import_image(text)
+    layers = store.open_layers(image)
+    Path(store.blob_path(image.layers[0].blob)).write_bytes(b"damaged")
+    with pytest.raises(StoreDamaged):
+        layers[0].reader.read(0, 10)
+    store.import_image(text)
+    assert layers[0].reader.read(0, len(BASE)) == BASE
 
 
 def test_metadata_of_an_image(tmp_path: Path, store: Store) -> None:
