@@ -199,7 +199,7 @@ def _missing_padding(tar_hash: "HASH", tar_size: int, diff_id: Digest) -> int:
 
 def _compare(what: str, found: Digest, expected: Digest | None) -> None:
     if expected is not None and found != expected:
-        raise LayerRefused(f"the {what} has digest {found}, not {expected}: fetch the image again")
+        raise LayerRefused(f"the {what} has digest {found}, not {expected}")
 
 
 def _damaged(blob_path: FilePath, what: str) -> StoreDamaged:

@@ -201,13 +201,18 @@ class Importer:
             stack.callback(os.close, fd)
             reader = layer.open()
             stack.callback(reader.close)
-            made = ingest(
-                reader,
-                sink=lambda data: write_all(fd, data),
-                expected_blob=layer.blob,
-                expected_diff_id=layer.diff_id,
-                progress=counter.add,
-            )
+            try:
+                made = ingest(
+                    reader,
+                    sink=lambda data: write_all(fd, data),
+                    expected_blob=layer.blob,
+                    expected_diff_id=layer.diff_id,
+                    progress=counter.add,
+                )
+            except LayerRefused as error:
+                raise LayerRefused(
+                    f"layer {blob} is refused ({error}): fetch the image again, or use another"
+                ) from error
         return self._stage_derived(layer, made, scratch, prefix, name)
 
     def _stage_derived(

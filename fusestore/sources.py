@@ -148,6 +148,10 @@ def machine_architecture() -> str:
 _TRANSPORTS = {"oci": ("oci", True), "oci-archive": ("oci", False), "docker-archive": ("docker", False)}
 
 
+_SKOPEO = frozenset(("docker", "docker-daemon", "containers-storage", "dir", "ostree", "sif", "tarball"))
+"""Transports that containers-transports(5) has besides."""
+
+
 def _parse(text: str) -> tuple[str, str, str]:
     """kind ("oci", "docker", "" = look), path, ref ("" = none)."""
     transport, colon, rest = text.partition(":")
@@ -161,13 +165,14 @@ def _parse(text: str) -> tuple[str, str, str]:
             )
     else:
         kind, path, ref = "", text, ""
-        if not os.path.exists(path) and re.match(r"[a-z][a-z+-]*:", text):
+        if not os.path.exists(path) and colon and transport in _SKOPEO:
             raise BadSource(
                 f"{text} cannot be read directly: copy it first, with skopeo copy {text} oci:DIR:NAME"
             )
     if not os.path.exists(path):
         forms = "oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:REF] or a path"
-        raise BadSource(f"there is no {path or 'such source'}: give {forms}")
+        other = "" if kind else ", or fetch it from a registry: skopeo copy docker://NAME oci:DIR:NAME"
+        raise BadSource(f"there is no {path or 'such source'}: give {forms}{other}")
     return kind, path, ref
 
 

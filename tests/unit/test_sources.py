@@ -378,6 +378,7 @@ def test_a_fifo_does_not_hold_us(tmp_path: Path) -> None:
         ("docker://busybox", "copy it first, with skopeo copy docker://busybox"),
         ("containers-storage:x", "copy it first"),
         ("oci:/none/such", "there is no /none/such"),
+        ("busybox:busybox", "there is no busybox:busybox: give oci:.* skopeo copy docker://NAME"),
         ("/none/such", "there is no /none/such"),
         ("", "there is no such source"),
         ("oci:{}/file", "is not a directory, as oci: wants"),
