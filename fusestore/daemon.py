@@ -6,11 +6,13 @@ threads before `detach`: only the forking thread lives on in a child.
 """
 
 import logging
+import logging.handlers
 import os
 import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import NoReturn
 
 from .errors import AccessDenied, FusestoreError, StoreUnusable
@@ -18,6 +20,8 @@ from .errors import AccessDenied, FusestoreError, StoreUnusable
 __all__ = ["check_permission", "describe", "detach", "log_to"]
 
 _READY = b"ready"
+_LOG_MAX = 4 << 20
+"""Bytes of a log file, of which there are two."""
 _FUSE_DEVICE = "/dev/fuse"
 _FUSE_CONF = "/etc/fuse.conf"
 
@@ -121,16 +125,22 @@ def _message(error: BaseException, foreseen: bool) -> str:
 
 def log_to(path: str | None) -> None:
     """Sends log records, standard output and error to the end of `path`; None: records to standard error."""
-    if path is not None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
     logging.basicConfig(
-        filename=path,
+        handlers=[logging.StreamHandler() if path is None else _Log(path, maxBytes=_LOG_MAX, backupCount=1)],
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO,
         force=True,
     )
+
+
+class _Log(logging.handlers.RotatingFileHandler):
+    """The log file, and the one before it, in `path`.1. Standard output and error go where the log goes."""
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self.baseFilename, flags, 0o600)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        return open(fd, "a", encoding="utf-8", errors="backslashreplace")

@@ -33,9 +33,10 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         containers/<id>/mounted       exists while the container is started (pinned)
         tmp/<unique>                  as in the store: what a mount makes for a rundir before it has its name
         containers/<id>/rundir/       0700, made when first asked for
-        mounts/<unique>               one live mount, flocked by its daemon
+        mounts/<unique>               one live mount, flocked by its daemon; a . before it until it is written
         mounts/<unique>.bell          its socket, where others say what they changed (mounts.Changed)
         mount-<8 hex>.log             of sha256(mount point): what the daemons there had to say
+        mount-<8 hex>.log.1           what they said before that
         trash/<unique>                deleted run directories
 
 **fusestore.json**: one JSON object: ``format`` "fusestore", ``version`` (`FORMAT_VERSION`), ``features``:
@@ -107,6 +108,7 @@ __all__ = [
     "OCI_LAYOUT_VERSION",
     "RunLayout",
     "UNFINISHED",
+    "UNFINISHED_MOUNT",
     "default_run_dir",
     "default_store_dir",
     "run_layout",
@@ -124,6 +126,9 @@ INTENT = "intent"
 
 BELL_SUFFIX = ".bell"
 """How the name of a mount's socket ends, in mounts/."""
+
+UNFINISHED_MOUNT = "."
+"""How the name of a file in mounts/ begins that is not written yet."""
 
 DEFAULT_TAG = "default"
 """The image of a container that is made without naming one."""
@@ -286,8 +291,19 @@ class RunLayout:
         return _join(self.root, "containers")
 
     @property
+    def new_boot(self) -> str:
+        """`boot` as it is written, under the store's lock."""
+        return _join(self.root, "boot.new")
+
+    @property
     def mounts(self) -> str:
         return _join(self.root, "mounts")
+
+    def mount(self, name: str) -> str:
+        return _join(self.mounts, name)
+
+    def new_mount(self, name: str) -> str:
+        return _join(self.mounts, UNFINISHED_MOUNT + name)
 
     def mount_log(self, mountpoint: bytes) -> str:
         return _join(self.root, f"mount-{hashlib.sha256(mountpoint).hexdigest()[:8]}.log")

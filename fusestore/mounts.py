@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from .durable import discard
 from .errors import StoreUnusable
-from .layout import BELL_SUFFIX, RunLayout
+from .layout import BELL_SUFFIX, UNFINISHED_MOUNT, RunLayout
 
 __all__ = ["BELL_MAX", "Changed", "MountRecord", "Mounts", "forget_former_boot", "is_of_this_boot"]
 
@@ -80,8 +80,7 @@ class MountRecord:
             if self.bell is not None:
                 self.bell.close()
             for path in (self._path + BELL_SUFFIX, self._path):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                _remove(path)
             os.close(self._fd)
             self._fd = -1
 
@@ -96,7 +95,7 @@ class Mounts:
     """The mounts of one store. Thread-safe."""
 
     def __init__(self, run: RunLayout) -> None:
-        self._directory = run.mounts
+        self._run = run
         self._own: set[str] = set()
         """Bells of this process's mounts: what it changes it tells its kernel itself."""
 
@@ -108,16 +107,18 @@ class Mounts:
                 f"the path of the mount point is too long: choose a shorter one than {mountpoint[:80]}…"
             )
         name = secrets.token_hex(8)
-        temp, path = f"{self._directory}/.{name}", f"{self._directory}/{name}"
-        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
+        temp, path = self._run.new_mount(name), self._run.mount(name)
+        with contextlib.ExitStack() as on_error:
+            fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            on_error.callback(os.close, fd)
+            on_error.callback(_remove, temp)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(fd, data)
+            on_error.callback(_remove, path + BELL_SUFFIX)
             bell = self._hang_bell(name)
+            on_error.callback(bell.close)
             os.rename(temp, path)
-        except BaseException:
-            os.close(fd)
-            raise
+            on_error.pop_all()
         return MountRecord(mountpoint, pid, driver, path, fd, bell)
 
     def _hang_bell(self, name: str) -> socket.socket:
@@ -135,7 +136,7 @@ class Mounts:
     @contextlib.contextmanager
     def _short_path(self) -> Iterator[str]:
         """A path to the directory that leaves room for a name in the 108 bytes of unix(7)."""
-        fd = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(self._run.mounts, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             yield f"/proc/self/fd/{fd}"
         finally:
@@ -143,7 +144,7 @@ class Mounts:
 
     def announce(self, changed: Changed) -> None:
         """Tell every mount but this process's own, and wait until it no longer shows what was before."""
-        bells = [name for name in os.listdir(self._directory) if name.endswith(BELL_SUFFIX)]
+        bells = [name for name in os.listdir(self._run.mounts) if name.endswith(BELL_SUFFIX)]
         for name in set(bells) - self._own:
             try:
                 self._ring(name, changed)
@@ -167,10 +168,10 @@ class Mounts:
     def live(self) -> list[MountRecord]:
         """Newest last. Removes the files of those that ended without closing theirs."""
         found = []
-        for name in os.listdir(self._directory):
+        for name in os.listdir(self._run.mounts):
             if name.endswith(BELL_SUFFIX):
                 continue
-            path = f"{self._directory}/{name}"
+            path = self._run.mount(name)
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -178,19 +179,23 @@ class Mounts:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not name.startswith("."):
+                if not name.startswith(UNFINISHED_MOUNT):
                     record = json.loads(os.pread(fd, _RECORD_MAX, 0))
                     started_ns = os.fstat(fd).st_mtime_ns
                     entry = MountRecord(record["mountpoint"], record["pid"], record["driver"], path)
                     found.append((started_ns, name, entry))
             else:
-                if not name.startswith("."):
+                if not name.startswith(UNFINISHED_MOUNT):
                     for left in (path, path + BELL_SUFFIX):
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(left)
+                        _remove(left)
             finally:
                 os.close(fd)
         return [entry for _, _, entry in sorted(found)]
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _boot_id() -> bytes:
@@ -212,7 +217,6 @@ def forget_former_boot(run: RunLayout) -> None:
         return
     for directory in (run.containers, run.mounts):
         discard([f"{directory}/{name}" for name in os.listdir(directory)], run.trash)
-    temp = f"{run.boot}.{secrets.token_hex(8)}"
-    with open(temp, "xb") as file:
+    with open(run.new_boot, "wb") as file:
         file.write(_boot_id())
-    os.rename(temp, run.boot)
+    os.rename(run.new_boot, run.boot)
