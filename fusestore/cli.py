@@ -30,7 +30,7 @@ __all__ = ["main", "printable"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SHORT_ID = 12
-"""Hex digits of an image id in tables; commands take them as well as the whole."""
+"""Hex digits of an id in tables; commands take them as well as the whole."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +86,12 @@ def _size_of(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def _directory(named_by: str, path: str) -> str:
+    if not path:
+        raise click.UsageError(f"{named_by} is empty: name a directory, or leave it out")
+    return os.path.abspath(path)
+
+
 def _place_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--store and --run-dir, which mean the same before and after the name of a command."""
 
@@ -94,11 +100,11 @@ def _place_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if ctx.obj is None:
             env, uid = os.environ, os.geteuid()
             ctx.obj = _Places(
-                os.path.abspath(env.get("FUSESTORE_STORE") or default_store_dir(env, uid)),
-                os.path.abspath(env.get("FUSESTORE_RUN_DIR") or default_run_dir(env, uid)),
+                _directory("FUSESTORE_STORE", env.get("FUSESTORE_STORE", default_store_dir(env, uid))),
+                _directory("FUSESTORE_RUN_DIR", env.get("FUSESTORE_RUN_DIR", default_run_dir(env, uid))),
             )
         if value is not None:
-            setattr(ctx.obj, str(param.name), os.path.abspath(value))
+            setattr(ctx.obj, str(param.name), _directory(param.opts[0], value))
 
     run_dir = click.option(
         "--run-dir", metavar="DIR", expose_value=False, is_eager=True, callback=keep,
@@ -152,8 +158,14 @@ def _import(places: _Places, source: str, names: tuple[str, ...], cache_size: in
     apart by its content. The first image of a store is also tagged "default". A store is made where there is
     none.
     """
-    with places.open(create=True, cache_size=cache_size) as store, _progress("import") as progress:
-        image = store.import_image(source, names=names, progress=progress)
+    with places.open(create=True, cache_size=cache_size) as store:
+        try:
+            with _progress("import") as progress:
+                image = store.import_image(source, names=names, progress=progress)
+        except BaseException:
+            if store.is_new:
+                store.remove_if_empty()
+            raise
     click.echo(image.id)
 
 
@@ -218,7 +230,7 @@ def _images(places: _Places, as_json: bool) -> None:
             (
                 image["id"][:_SHORT_ID],
                 " ".join(image["names"]) or "-",
-                str(image["created"] or "-")[:19],
+                _image_time(image["created"]),
                 str(len(image["layers"])),
                 _size(image["size"]),
             )
@@ -237,7 +249,7 @@ def _containers(places: _Places, as_json: bool) -> int:
     """
     found, code = [], 0
     with places.open() as store:
-        for container_id in store.container_ids():
+        for container_id in sorted(store.container_ids()):
             try:
                 found.append(store.get_container_metadata(container_id))
             except NotFound:
@@ -252,8 +264,8 @@ def _containers(places: _Places, as_json: bool) -> int:
         ("ID", "NAME", "IMAGE", "CREATED", "STATE"),
         (
             (
-                container["id"],
-                container["name"],
+                _short(container["id"]),
+                container["name"] if container["name"] != container["id"] else "-",
                 container["image-name"] or container["image-id"][:_SHORT_ID] or "-",
                 _time(container["created-at"]),
                 "started" if container["mounted"] else "stopped",
@@ -388,7 +400,19 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table)
 
 
-def _time(seconds: int) -> str:
+def _short(made_up_id: str) -> str:
+    return made_up_id[:_SHORT_ID] if re.fullmatch("[0-9a-f]{64}", made_up_id) else made_up_id
+
+
+def _image_time(text: str) -> str:
+    """RFC 3339, which an image may break."""
+    try:
+        return _time(datetime.datetime.fromisoformat(text).timestamp())
+    except (ValueError, OverflowError):
+        return text or "-"
+
+
+def _time(seconds: float) -> str:
     """Local time."""
     try:
         return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -23,11 +24,14 @@ from .durable import Workspace, discard, empty_trash, is_damage, lock_directory,
 from .errors import BadDocument, BadName, Busy, Exists, Locked, NotFound, StoreDamaged
 from .layout import Layout, RunLayout
 from .metadata import DOCUMENT_MAX, Document, merge, parse_document, render
-from .names import parse_container_id
+from .names import is_hex_id, parse_container_id
 
 __all__ = ["Container", "Containers", "Draft", "Hold"]
 
 _RELEASE_S = 0.1
+_PREFIX = re.compile(r"[0-9a-f]{12,63}")
+"""An id made at random, shortened."""
+
 _STORED_MAX = 2 * DOCUMENT_MAX
 """Bytes of a stored document, at most: it is limited as shown."""
 
@@ -104,8 +108,15 @@ class Containers:
         return found
 
     def resolve(self, ref: str) -> str:
-        """The id of the container called `ref`, an id or a name. Raises NotFound."""
+        """The id of the container called `ref`: its id, its name, or the first 12 or more digits of an
+        id made at random. Raises NotFound.
+        """
         container_id = self._find(ref)
+        if container_id is None and _PREFIX.fullmatch(ref):
+            found = [one for one in self.ids() if one.startswith(ref) and is_hex_id(one)]
+            if len(found) > 1:
+                raise NotFound(f"{ref} stands for {len(found)} containers: give more digits of the id")
+            container_id = next(iter(found), None)
         if container_id is None:
             raise NotFound(f"there is no container {ref!r}: `fusestore containers` lists them")
         return container_id

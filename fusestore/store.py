@@ -10,9 +10,10 @@ It does what libpod's storage service did: create_container, delete_container, s
 start_container, stop_container, work_dir, run_dir. The files are the truth, not this object: any number of
 processes may have the same store open, with a mount or without one, and each sees at once what another did.
 
-A `ref` of a container is its id or its name; of an image a name, an id, or the first 12 or more digits of an
-id. All errors are of `fusestore.errors`, or OSError where the disk itself fails; an operation that raises has
-changed nothing. Thread-safe. Whoever opens a store closes it.
+A `ref` of a container is its id, its name, or the first 12 or more digits of an id made at random; of an
+image a name, an id, or the first 12 or more digits of one. All errors are of `fusestore.errors`, or OSError
+where the disk itself fails; an operation that raises has changed nothing. Thread-safe. Whoever opens a store
+closes it.
 """
 
 import contextlib
@@ -98,6 +99,8 @@ class Store:
         self._importer = Importer(layout, self._workspace, self._images, self._layers)
         self._mounts = Mounts(run)
         self._leaves_trash = False
+        self.is_new = False
+        """Whether `open` made the store."""
 
     @classmethod
     def open(
@@ -120,9 +123,10 @@ class Store:
         root = os.path.realpath(path)
         layout = Layout(root)
         try:
-            _require_store(layout, create)
+            is_new = _require_store(layout, create)
             run = _prepare_run(run_dir, root)
             store = cls(layout, run, cache_size)
+            store.is_new = is_new
             if not is_of_this_boot(run):
                 with store._workspace.lock():
                     forget_former_boot(run)
@@ -143,6 +147,22 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def remove_if_empty(self) -> None:
+        """Takes the store away again, where nothing was put into it: for who made it in vain."""
+        with self._workspace.lock():
+            layout = self._layout
+            unused = (layout.blobs, layout.layers, layout.images, layout.containers, layout.names, layout.tmp)
+            if any(os.listdir(directory) for directory in unused):
+                return
+            self.empty_trash()
+            for file in (layout.format_file, layout.oci_layout, layout.index):
+                os.unlink(file)
+            for directory in reversed(layout.directories):
+                os.rmdir(directory)
+            os.unlink(layout.lock)
+            with contextlib.suppress(OSError):  # it may be a mount point, or in a directory of another's
+                os.rmdir(layout.root)
 
     @property
     def path(self) -> str:
@@ -512,8 +532,9 @@ class Store:
             self._images.sweep_locked(intent.get("loose", {}))
 
 
-def _require_store(layout: Layout, create: bool) -> None:
-    """Checks the format, and makes the store if there is none. Raises StoreUnusable."""
+def _require_store(layout: Layout, create: bool) -> bool:
+    """Checks the format, and makes the store if there is none: whether it did. Raises StoreUnusable."""
+    is_new = False
     try:
         data = read_file(layout.format_file, oci.DOCUMENT_MAX)
     except (FileNotFoundError, NotADirectoryError):
@@ -521,7 +542,7 @@ def _require_store(layout: Layout, create: bool) -> None:
             missing = f"there is no store at {layout.root}"
             hint = "make one with `fusestore import`, or name another with --store"
             raise StoreUnusable(f"{missing}: {hint}") from None
-        _create(layout)
+        is_new = _create(layout)
         data = read_file(layout.format_file, oci.DOCUMENT_MAX)
     try:
         found = oci.parse_object(data, layout.format_file)
@@ -538,6 +559,7 @@ def _require_store(layout: Layout, create: bool) -> None:
         raise StoreUnusable(f"{layout.root} is another user's store: use it as its owner, or --store another")
     if features:
         raise StoreUnusable(f"{layout.root} uses {features[0]}, unknown to this fusestore: upgrade fusestore")
+    return is_new
 
 
 def _format_damaged(layout: Layout) -> StoreUnusable:
@@ -546,8 +568,8 @@ def _format_damaged(layout: Layout) -> StoreUnusable:
     )
 
 
-def _create(layout: Layout) -> None:
-    """Makes a store, fusestore.json last; whoever comes second finds it made."""
+def _create(layout: Layout) -> bool:
+    """Makes a store, fusestore.json last; whoever comes second finds it made, and gets False."""
     refusal = StoreUnusable(
         f"{layout.root} is neither empty nor a store: choose another directory for the store"
     )
@@ -558,12 +580,13 @@ def _create(layout: Layout) -> None:
         raise refusal from None
     if present and (os.path.basename(layout.lock) not in present or not present <= UNFINISHED):
         if os.path.exists(layout.format_file):
-            return
+            return False
         raise refusal
+    os.chmod(layout.root, 0o700)
     workspace = Workspace(tmp=layout.tmp, trash=layout.trash, lock=layout.lock)
     with workspace.lock():
         if os.path.exists(layout.format_file):
-            return
+            return False
         for directory in layout.directories:
             workspace.make_directory(directory)
         if not os.path.exists(layout.index):
@@ -571,6 +594,7 @@ def _create(layout: Layout) -> None:
         workspace.write_file(layout.oci_layout, oci.encode({"imageLayoutVersion": OCI_LAYOUT_VERSION}))
         found = {"format": "fusestore", "version": FORMAT_VERSION, "features": []}
         workspace.write_file(layout.format_file, oci.encode(found))
+    return True
 
 
 def _prepare_run(run_dir: str | os.PathLike[str] | None, root: str) -> RunLayout:

@@ -238,6 +238,13 @@ def test_a_closed_fuse_device_is_explained(unmounted: Mount) -> None:
 
 
 @as_user
+def test_why_a_directory_of_roots_cannot_be_mounted_on_is_said(unmounted: Mount) -> None:
+    result = unmounted.fusestore("mount", "/mnt")
+    assert result.code == 1
+    _says(result.err, "/mnt could not be mounted", "user has no write access", "of your own")
+
+
+@as_user
 def test_allow_other_needs_the_permission_of_root(unmounted: Mount) -> None:
     conf = Path("/etc/fuse.conf")
     if conf.exists() and "user_allow_other" in conf.read_text().splitlines():

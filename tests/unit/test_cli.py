@@ -1,6 +1,8 @@
 """The command line: what it prints, where, and how it exits."""
 
+import datetime
 import json
+import logging
 import os
 import pty
 import re
@@ -17,6 +19,7 @@ from rig.tinyimages import make_layout
 from fusestore import cli, daemon
 from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from fusestore.mountpoint import check_mountpoint
+from fusestore.store import Store
 
 ID = re.compile(r"[0-9a-f]{64}\n")
 
@@ -92,6 +95,8 @@ def test_version_is_printed(run: Run) -> None:
         ("mount", "--driver", "x", "/"),
         ("mount", "--cache-size", "3X", "/"),
         ("mount", "--cache-size", "-1", "/"),
+        ("images", "--store", ""),
+        ("--run-dir=", "images"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_2(run: Run, arguments: tuple[str, ...]) -> None:
@@ -142,6 +147,14 @@ def test_the_store_can_be_named_anywhere(
     assert stored in run(*before, "images", "--json", *after).out
 
 
+@pytest.mark.parametrize("name", ["FUSESTORE_STORE", "FUSESTORE_RUN_DIR"])
+def test_an_empty_environment_variable_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "")
+    _fails(run("images"), f"{name} is empty", code=2)
+
+
 def test_import_names_the_image(run: Run, stored: str, tmp_path: Path) -> None:
     outcome = run("import", f"oci:{tmp_path}/oci", "--name", "localhost/app:1", "--name", "other")
     assert outcome.out == f"{stored}\n"
@@ -149,9 +162,25 @@ def test_import_names_the_image(run: Run, stored: str, tmp_path: Path) -> None:
     assert image["names"] == ["app", "default", "localhost/app:1", "other"]
 
 
-def test_import_of_nothing_leaves_no_image(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["nothing", "broken"])
+def test_a_failed_first_import_leaves_no_store(run: Run, tmp_path: Path, source: str) -> None:
+    make_layout(tmp_path / "broken", "app", [{"file": b"content"}])
+    for blob in (tmp_path / "broken/blobs/sha256").iterdir():
+        if not blob.read_bytes().startswith(b"{"):
+            blob.write_bytes(bytes(blob.stat().st_size))
+    _fails(run("import", f"oci:{tmp_path}/{source}"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_failed_import_leaves_a_store_as_it_was(run: Run, stored: str, tmp_path: Path) -> None:
     _fails(run("import", f"oci:{tmp_path}/nothing"))
-    assert json.loads(run("images", "--json").out) == []
+    assert [image["id"] for image in json.loads(run("images", "--json").out)] == [stored]
+
+
+def test_an_empty_store_that_was_there_is_kept(run: Run, tmp_path: Path) -> None:
+    Store.open(tmp_path / "store", tmp_path / "run", create=True).close()
+    _fails(run("import", f"oci:{tmp_path}/nothing"))
+    assert run("images", "--json").out == "[]\n"
 
 
 def test_import_prints_no_progress_on_a_pipe(run: Run, stored: str) -> None:
@@ -161,7 +190,11 @@ def test_import_prints_no_progress_on_a_pipe(run: Run, stored: str) -> None:
 def test_images_are_a_table_for_people(run: Run, stored: str) -> None:
     header, row = run("images").out.splitlines()
     assert header.split() == ["ID", "NAMES", "CREATED", "LAYERS", "SIZE"]
-    assert row.split()[:5] == [stored[:12], "app", "default", "2024-02-03T04:05:06", "1"]
+    assert row.split()[:6] == [stored[:12], "app", "default", *_local("2024-02-03T04:05:06Z"), "1"]
+
+
+def _local(time: str) -> list[str]:
+    return datetime.datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S").split()
 
 
 def test_images_json_is_what_the_tree_shows(run: Run, stored: str) -> None:
@@ -201,6 +234,25 @@ def test_containers_are_a_table_for_people(run: Run, stored: str) -> None:
     assert header.split() == ["ID", "NAME", "IMAGE", "CREATED", "STATE"]
     assert row.split()[:3] == ["mine", "job", "app"]
     assert row.split()[-1] == "stopped"
+    created = json.loads(run("inspect", "mine").out)["created-at"]
+    assert row.split()[3:5] == _local(datetime.datetime.fromtimestamp(created).astimezone().isoformat())
+
+
+def test_containers_are_listed_by_id_and_long_ids_cut_short(run: Run, stored: str) -> None:
+    made = run("create", "app").out.strip()
+    run("create", "app", "zz")
+    run("create", "app", "Aa")
+    rows = [row.split()[:2] for row in run("containers").out.splitlines()[1:]]
+    assert rows == [[one, "-"] for one in sorted(["Aa", made[:12], "zz"])]
+    listed = [one["id"] for one in json.loads(run("containers", "--json").out)]
+    assert listed == sorted(["Aa", made, "zz"])
+
+
+def test_a_shortened_container_id_will_do(run: Run, stored: str) -> None:
+    made = run("create", "app").out.strip()
+    assert json.loads(run("inspect", made[:12]).out)["id"] == made
+    _fails(run("rm", made[:11]), "containers")
+    assert run("rm", made[:12]) == Outcome(0, "", "")
 
 
 def test_containers_json_is_a_list_of_documents(run: Run, stored: str) -> None:
@@ -393,6 +445,26 @@ def test_an_end_after_ready_goes_to_the_log(tmp_path: Path) -> None:
     text = log.read_text()
     assert "CRITICAL fusestore: the mount ended: unforeseen" in text
     assert "Traceback" in text
+
+
+def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setattr(daemon, "_LOG_MAX", 1000)
+
+    def serve(ready: Callable[[], None]) -> None:
+        daemon.log_to(str(log))
+        for number in range(100):
+            logging.getLogger("fusestore").info("line %d", number)
+        os.write(2, b"what libfuse says\n")
+        ready()
+
+    daemon.detach(serve)
+    text = log.read_text()
+    assert "line 99\nwhat libfuse says\n" in text
+    assert "line 0" not in text + (tmp_path / "log.1").read_text()
+    assert {path.stat().st_size <= 1100 for path in tmp_path.iterdir()} == {True}
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "log.1"}
+    assert log.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

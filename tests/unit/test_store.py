@@ -1,5 +1,7 @@
 """The store as a whole: opening, its run directory, mounts."""
 
+import errno
+import fcntl
 import json
 import os
 import stat
@@ -16,6 +18,7 @@ from fusestore.errors import (
     NotFound,
     StoreUnusable,
 )
+from fusestore.mounts import Mounts
 from fusestore.store import Store
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -64,6 +67,31 @@ def test_a_format_file_that_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "store/fusestore.json").write_bytes(b"\0" * 30)
     with pytest.raises(StoreUnusable, match="damaged: restore it"):
         open_at(tmp_path)
+
+
+def test_a_store_made_in_an_open_directory_is_its_owners_alone(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o755)
+    open_at(tmp_path).close()
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("call", ["flock", "rename", "bind"])
+def test_a_mount_that_cannot_be_recorded_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_at(tmp_path) as store, monkeypatch.context() as patch:
+        before = len(os.listdir("/proc/self/fd"))
+        if call == "bind":
+            patch.setattr(Mounts, "_hang_bell", full)
+        else:
+            patch.setattr(fcntl if call == "flock" else os, call, full)
+        with pytest.raises(OSError, match="No space"):
+            store.record_mount("/mnt", os.getpid(), "union")
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert os.listdir(Path(store.run_path, "mounts")) == []
 
 
 def test_made_by_many_at_once(tmp_path: Path) -> None:
