@@ -9,6 +9,7 @@ ends the mount on any other exception; `trio.Cancelled` is not an Exception and 
 tried again there for a while: so whoever raises that must have changed nothing yet.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,6 +21,7 @@ import trio
 
 from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
 from .inodes import Caller, Changes, FileHandle, Maybe
+from .nodes import Inode
 from .tree import Entry, Tree
 
 __all__ = ["Filesystem"]
@@ -42,15 +44,18 @@ def _bounded(handler: Handler) -> Handler:
     """The error boundary around a handler."""
 
     @functools.wraps(handler)
-    async def bounded(*arguments: Any) -> Any:
+    async def bounded(self: "Filesystem", *arguments: Any) -> Any:
         try:
             try:
-                return await handler(*arguments)
+                return await handler(self, *arguments)
             except Locked:
-                return await _when_free(handler, arguments)
+                return await _when_free(handler, (self, *arguments))
         except Exception as error:
             _report(handler.__name__, error)
             raise pyfuse3.FUSEError(errno_of(error)) from None
+        finally:
+            for ino in self.tree.inodes.take_outdated():
+                _outdate(ino)
 
     return cast(Handler, bounded)
 
@@ -65,6 +70,12 @@ async def _when_free(handler: Handler, arguments: tuple[Any, ...]) -> Any:
         except Locked:
             if trio.current_time() > give_up:
                 raise
+
+
+def _outdate(ino: Inode) -> None:
+    """Have the kernel ask for attributes. It takes no lock for that and drops no page: the loop may wait."""
+    with contextlib.suppress(FileNotFoundError):  # it does not know the inode any more
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(ino), attr_only=True)
 
 
 def _report(operation: str, error: Exception) -> None:

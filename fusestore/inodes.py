@@ -266,6 +266,7 @@ class Inodes:
 
     def __init__(self) -> None:
         self._held: dict[int, Node] = {}
+        self._outdated: set[Inode] = set()
         self._next = 1 << 62
 
     def __len__(self) -> int:
@@ -289,6 +290,18 @@ class Inodes:
         node.lookups += 1
         if node.lookups == 1:
             self._held[node.ino] = node
+
+    def outdate(self, node: Node) -> None:
+        """The attributes of `node` changed by what was asked of another: the kernel must ask for them."""
+        if node.lookups:
+            self._outdated.add(node.ino)
+
+    def take_outdated(self) -> set[Inode]:
+        """The nodes outdated since the last call."""
+        if not self._outdated:
+            return self._outdated
+        taken, self._outdated = self._outdated, set()
+        return taken
 
     def replace(self, old: Node, new: Node) -> None:
         """The number that the kernel knows `old` by means `new` from now on; the kernel notices nothing.

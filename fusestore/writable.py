@@ -11,7 +11,8 @@ Copying up a file copies up all its hard links, as links of one file (overlayfs 
 other means): whoever opens another name sees the same file. Between the first link and the last a crash
 leaves the other names with the old file, whose content is the same.
 
-Directories that the copied object lies in keep their times (fs/overlayfs/copy_up.c, ovl_set_timestamps).
+Directories that the copied object lies in keep their times (fs/overlayfs/copy_up.c, ovl_set_timestamps), but
+for ctime, which nobody can set: theirs and the object's own is then another one than the kernel knows.
 """
 
 import contextlib
@@ -480,6 +481,7 @@ class WritableRootfs(Rootfs):
         thing.key = os.fstat(fd).st_ino
         self._objects[thing.key] = thing
         thing.in_upper, thing.fd = True, fd
+        self._inodes.outdate(thing)
         thing.settle(places)
         if thing.format != stat.S_IFDIR:
             thing.stack = ()
@@ -496,6 +498,7 @@ class WritableRootfs(Rootfs):
             yield fd
         finally:
             self._upper.utimens(fd, before.st_atime_ns, before.st_mtime_ns)
+            self._inodes.outdate(directory)
 
     def fsync_dir(self, node: Node) -> Steps[None]:
         thing = _thing(node)

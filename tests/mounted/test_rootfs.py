@@ -274,3 +274,11 @@ def test_times_shown_are_those_on_disk(mounted: Mount, container: str) -> None:
     shown = _in_rootfs(mounted, container, script)
     upper = mounted.store / "containers" / container / "diff"
     assert mounted.person.run("bash", "-c", "cd $1 && stat -c '%n %.9Y' x*", "bash", upper).ok() == shown
+
+
+def test_directories_show_the_ctime_that_a_copy_up_left(mounted: Mount, container: str) -> None:
+    """Else tar, which looks before and after it reads a directory, says that it changed meanwhile."""
+    look = "stat -c '%n %.9Z' . etc bin"
+    shown = _in_rootfs(mounted, container, f"{look} > /dev/null; chmod 700 etc/passwd; rm bin/vi; {look}")
+    upper = mounted.store / "containers" / container / "diff"
+    assert mounted.person.run("bash", "-c", f"cd $1 && {look}", "bash", upper).ok() == shown

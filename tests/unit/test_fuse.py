@@ -11,7 +11,7 @@ import trio.testing
 
 from fusestore import errors
 from fusestore.fuse import Filesystem
-from fusestore.inodes import FileHandle, Node
+from fusestore.inodes import FileHandle, Inodes, Node
 from fusestore.tree import Tree
 
 _CONTEXT = cast(pyfuse3.RequestContext, SimpleNamespace(uid=0, gid=0, pid=1, umask=0))
@@ -21,6 +21,7 @@ class _LockedTree:
     """Its files cannot be opened the first times."""
 
     def __init__(self, times: float) -> None:
+        self.inodes = Inodes()
         self.times = times
         self.tries = 0
 
