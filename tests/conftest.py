@@ -9,12 +9,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from rig.distribution import TOOLS as DISTRIBUTION_TOOLS
+from rig.distribution import Distribution, make_distribution
 from rig.images import TOOLS, Image, Images, make_images
 from rig.mounts import Mount, Place
 from rig.people import Person, plain_user, root
@@ -40,17 +42,9 @@ def area() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def images(area: Path) -> Images:
     """Real images, where every user may read them."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    need("images", os.geteuid() == 0 and not missing, f"needs root and {' '.join(missing) or 'nothing else'}")
+    _need_tools(TOOLS)
     made = make_images()
-    published = area / "images"
-    published.mkdir()
-
-    def publish(path: Path) -> Path:
-        target = published / path.name
-        subprocess.run(["cp", "-r", path, target], check=True, timeout=120)
-        subprocess.run(["chmod", "-R", "a+rX", target], check=True, timeout=120)
-        return target
+    publish = _publisher(area / "images")
 
     def moved(image: Image) -> Image:
         return replace(image, path=publish(image.path))
@@ -64,6 +58,33 @@ def images(area: Path) -> Images:
         oci_archive=publish(made.oci_archive),
         docker_archive=publish(made.docker_archive),
     )
+
+
+@pytest.fixture(scope="session")
+def distribution(area: Path) -> Distribution:
+    """A whole Debian, where every user may read it."""
+    _need_tools(DISTRIBUTION_TOOLS)
+    made = make_distribution()
+    publish = _publisher(area / "distribution")
+    return Distribution(*map(publish, (made.layout, made.packages, made.wheels)))
+
+
+def _need_tools(tools: Sequence[str]) -> None:
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    need("images", os.geteuid() == 0 and not missing, f"needs root and {' '.join(missing) or 'nothing else'}")
+
+
+def _publisher(directory: Path) -> Callable[[Path], Path]:
+    """What copies to a new directory that every user may read."""
+    directory.mkdir()
+
+    def publish(path: Path) -> Path:
+        target = directory / path.name
+        subprocess.run(["cp", "-r", path, target], check=True, timeout=120)
+        subprocess.run(["chmod", "-R", "a+rX", target], check=True, timeout=120)
+        return target
+
+    return publish
 
 
 @pytest.fixture(scope="session", params=["root", "user"])

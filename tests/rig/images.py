@@ -11,14 +11,11 @@
     debian-chunked       debian, zstd:chunked (a frame for each file) skopeo
 
 Needs root: device nodes and owners are part of the content. The reference of what an image contains is the
-tree that ``umoci unpack`` makes; `Image.reference` is its path. Made in $FUSESTORE_TEST_CACHE (default
-~/.cache/fusestore-tests) in a directory named by this file's digest, so that a change here makes them anew.
+tree that ``umoci unpack`` makes; `Image.reference` is its path. Kept by rig.kept.
 
 As a program it makes them all and prints where they are.
 """
 
-import fcntl
-import hashlib
 import os
 import shutil
 import stat
@@ -28,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from rig.kept import kept_by, once, run_tool
 
 __all__ = ["DOCKER_TAG", "TOOLS", "Image", "Images", "make_images"]
 
@@ -84,21 +83,17 @@ class Images:
 
 def make_images() -> Images:
     """All of them; made once, in half a minute, by whoever comes first (others wait)."""
-    cache = Path(os.environ.get("FUSESTORE_TEST_CACHE") or Path.home() / ".cache/fusestore-tests")
-    root = cache / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    root.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _once(root / "packages", _download)
-        _once(root / "busybox", _busybox)
-        _once(root / "debian", lambda out: _debian(root / "packages", out))
-        _once(root / "corners", lambda out: _corners(root / "debian", out))
-        _once(root / "debian.oci.tar", lambda out: _copy(root, f"oci-archive:{out}:debian"))
-        _once(root / "debian.docker.tar", lambda out: _copy(root, f"docker-archive:{out}:{DOCKER_TAG}"))
-        _once(root / "debian-zstd", lambda out: _copy(root, f"oci:{out}:debian", "zstd"))
-        _once(root / "debian-chunked", lambda out: _copy(root, f"oci:{out}:debian", "zstd:chunked"))
+    with kept_by(__file__) as root:
+        once(root / "packages", _download)
+        once(root / "busybox", _busybox)
+        once(root / "debian", lambda out: _debian(root / "packages", out))
+        once(root / "corners", lambda out: _corners(root / "debian", out))
+        once(root / "debian.oci.tar", lambda out: _copy(root, f"oci-archive:{out}:debian"))
+        once(root / "debian.docker.tar", lambda out: _copy(root, f"docker-archive:{out}:{DOCKER_TAG}"))
+        once(root / "debian-zstd", lambda out: _copy(root, f"oci:{out}:debian", "zstd"))
+        once(root / "debian-chunked", lambda out: _copy(root, f"oci:{out}:debian", "zstd:chunked"))
         for name in ("busybox", "debian", "corners"):
-            _once(root / f"{name}.bundle", partial(_unpack, root / name, name))
+            once(root / f"{name}.bundle", partial(_unpack, root / name, name))
     debian = root / "debian.bundle/rootfs"
     return Images(
         busybox=Image(root / "busybox", "busybox", root / "busybox.bundle/rootfs", 1),
@@ -111,29 +106,9 @@ def make_images() -> Images:
     )
 
 
-def _once(path: Path, make: Callable[[Path], None]) -> None:
-    """Makes `path` under another name and renames it: what is there is whole."""
-    if path.exists():
-        return
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    if unfinished.is_dir():
-        shutil.rmtree(unfinished)
-    unfinished.unlink(missing_ok=True)
-    make(unfinished)
-    unfinished.rename(path)
-
-
-def _run(*command: str | Path, cwd: Path | None = None) -> str:
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    if result.returncode:
-        said = result.stderr.strip()[-2000:]
-        raise RuntimeError(f"{' '.join(map(str, command))}: exit {result.returncode}: {said}")
-    return result.stdout
-
-
 def _download(out: Path) -> None:
     out.mkdir()
-    _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", *PACKAGES, cwd=out)
+    run_tool("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", *PACKAGES, cwd=out)
 
 
 def _busybox(out: Path) -> None:
@@ -148,11 +123,11 @@ def _busybox(out: Path) -> None:
         (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
         (root / "etc/hostname").write_text("busybox\n")
         image = f"{out}:busybox"
-        _run("umoci", "init", "--layout", out)
-        _run("umoci", "new", "--image", image)
-        _run("umoci", "insert", "--image", image, root, "/")
-        _run("umoci", "config", "--image", image, "--config.cmd", "/bin/sh", "--config.env", "PATH=/bin")
-        _run("umoci", "gc", "--layout", out)
+        run_tool("umoci", "init", "--layout", out)
+        run_tool("umoci", "new", "--image", image)
+        run_tool("umoci", "insert", "--image", image, root, "/")
+        run_tool("umoci", "config", "--image", image, "--config.cmd", "/bin/sh", "--config.env", "PATH=/bin")
+        run_tool("umoci", "gc", "--layout", out)
 
 
 def _debian(packages: Path, out: Path) -> None:
@@ -160,13 +135,13 @@ def _debian(packages: Path, out: Path) -> None:
         base = Path(scratch) / "root"
         base.mkdir(mode=0o755)
         for package in sorted(packages.glob("*.deb")):
-            _run("dpkg-deb", "-x", package, base)
+            run_tool("dpkg-deb", "-x", package, base)
         _layer_one(base)
-        _run("umoci", "init", "--layout", f"{scratch}/oci")
-        _run("umoci", "new", "--image", f"{scratch}/oci:base")
-        _run("tar", "-C", base, *_TAR, "-cf", f"{scratch}/1.tar", ".")
-        _run("umoci", "raw", "add-layer", "--image", f"{scratch}/oci:base", f"{scratch}/1.tar")
-        _run("umoci", "config", "--image", f"{scratch}/oci:base", "--config.cmd", "/bin/bash")
+        run_tool("umoci", "init", "--layout", f"{scratch}/oci")
+        run_tool("umoci", "new", "--image", f"{scratch}/oci:base")
+        run_tool("tar", "-C", base, *_TAR, "-cf", f"{scratch}/1.tar", ".")
+        run_tool("umoci", "raw", "add-layer", "--image", f"{scratch}/oci:base", f"{scratch}/1.tar")
+        run_tool("umoci", "config", "--image", f"{scratch}/oci:base", "--config.cmd", "/bin/bash")
         _commit(Path(scratch), "oci:oci:base", _layer_two, f"oci:{out}:debian")
 
 
@@ -182,14 +157,14 @@ def _commit(scratch: Path, base: str, change: Callable[[Path], None], target: st
     policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
     buildah = ("buildah", "--root", storage, "--runroot", scratch / "run", "--storage-driver", "overlay")
     # A relative path: buildah makes an image name of it, which an absolute one may not be able to be.
-    container = _run(*buildah, "from", "--signature-policy", policy, "--quiet", base, cwd=scratch).strip()
+    container = run_tool(*buildah, "from", "--signature-policy", policy, "--quiet", base, cwd=scratch).strip()
     try:
-        change(Path(_run(*buildah, "mount", container).strip()))
-        _run(*buildah, "umount", container)
+        change(Path(run_tool(*buildah, "mount", container).strip()))
+        run_tool(*buildah, "umount", container)
         options = ("--signature-policy", policy, "--format", "oci", "--disable-compression=false", "--quiet")
-        _run(*buildah, "commit", *options, container, target)
+        run_tool(*buildah, "commit", *options, container, target)
     finally:
-        _run(*buildah, "rm", container)
+        run_tool(*buildah, "rm", container)
         # buildah leaves a bind mount over its storage, and nobody could remove the directory.
         subprocess.run(["umount", "-q", storage / "overlay"], check=False, timeout=30)
 
@@ -249,7 +224,7 @@ def _layer_two(root: Path) -> None:
     (upper / "setuid").chmod(0o6755)
     (upper / "capable").write_bytes(b"#!/bin/true\n")
     (upper / "capable").chmod(0o755)
-    _run("setcap", "cap_net_raw,cap_net_bind_service+ep", upper / "capable")
+    run_tool("setcap", "cap_net_raw,cap_net_bind_service+ep", upper / "capable")
     (upper / "xattrs").write_text("xattrs\n")
     os.setxattr(upper / "xattrs", "user.text", b"value")
     os.setxattr(upper / "xattrs", "user.binary", bytes(range(256)))
@@ -282,15 +257,15 @@ def _corners(debian: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         links, rest, layer = Path(scratch) / "links", Path(scratch) / "rest", f"{scratch}/3.tar"
         _lower_links(links)
-        _run("tar", "-C", links, *_TAR, "-cf", layer, ".")
+        run_tool("tar", "-C", links, *_TAR, "-cf", layer, ".")
         # Leaves hard links whose target is not in this layer: they mean the file of the layer below.
-        _run("tar", "--delete", "-f", layer, "./lower/link-target", "./lower/chmod-later")
+        run_tool("tar", "--delete", "-f", layer, "./lower/link-target", "./lower/chmod-later")
         _layer_three(rest)
         # Not in layer 1: containers/storage 1.43 cannot give a sparse member back as it was: commit fails.
-        _run("tar", "-C", rest, *_TAR, "--sparse", "-rf", layer, ".")
-        _run("umoci", "raw", "add-layer", "--image", f"{out}:debian", "--tag", "corners", layer)
-        _run("umoci", "rm", "--image", f"{out}:debian")
-        _run("umoci", "gc", "--layout", out)
+        run_tool("tar", "-C", rest, *_TAR, "--sparse", "-rf", layer, ".")
+        run_tool("umoci", "raw", "add-layer", "--image", f"{out}:debian", "--tag", "corners", layer)
+        run_tool("umoci", "rm", "--image", f"{out}:debian")
+        run_tool("umoci", "gc", "--layout", out)
 
 
 def _lower_links(root: Path) -> None:
@@ -329,11 +304,11 @@ def _layer_three(root: Path) -> None:
 
 def _copy(root: Path, target: str, compression: str | None = None) -> None:
     options = ("--dest-compress-format", compression) if compression else ()
-    _run("skopeo", "--insecure-policy", "copy", "-q", *options, f"oci:{root}/debian:debian", target)
+    run_tool("skopeo", "--insecure-policy", "copy", "-q", *options, f"oci:{root}/debian:debian", target)
 
 
 def _unpack(layout: Path, ref: str, out: Path) -> None:
-    _run("umoci", "unpack", "--image", f"{layout}:{ref}", out)
+    run_tool("umoci", "unpack", "--image", f"{layout}:{ref}", out)
 
 
 if __name__ == "__main__":
