@@ -1,4 +1,4 @@
-"""chmod, chown and utimensat in a rootfs, by the manual pages and beside the file system below."""
+"""chmod, chown and utimensat in a rootfs: by the manual pages and beside the file system below."""
 
 import os
 from collections.abc import Iterator
@@ -6,27 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rig.layers import Member, device, directory, fifo, file, hard_link, symlink
+from rig.layers import Member, hard_link, symlink
 from rig.people import Person
 from rig.posix import KEPT, NOW, Call, Case, Identity, Judge, call, judged, table
-from rig.posixpaths import MATE, MEMBER, OWNER, ROOT, STRANGER, owned, path_cases
+from rig.posixpaths import (
+    DIRECTORY,
+    FILE,
+    KINDS,
+    MATE,
+    MEMBER,
+    OTHER_GROUP,
+    OWNER,
+    ROOT,
+    STRANGER,
+    as_root,
+    as_user,
+    owned,
+    path_cases,
+)
 
 pytestmark = [pytest.mark.mounted]
 
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
-as_user = pytest.mark.parametrize("person", ["user"], indirect=True)
-
 UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
-OTHER_GROUP = 65000
-
-FILE, DIRECTORY = file(b"x", b"content"), directory(b"x")
-KINDS = {
-    "file": FILE,
-    "directory": DIRECTORY,
-    "FIFO": fifo(b"x"),
-    "device": device(b"x", os.makedev(1, 3)),
-}
+FOLLOWED = {kind: thing for kind, thing in KINDS.items() if kind != "link"}
 
 
 def _chmod(path: bytes | int, by: Identity | None = None, mode: int = 0o640) -> Call:
@@ -48,7 +51,7 @@ CHMOD = [
             {b"x": "c"},
             {b"x": {"mode": mode}},
         )
-        for kind, thing in KINDS.items()
+        for kind, thing in FOLLOWED.items()
         for mode in (0o0000, 0o0111, 0o1755, 0o2755, 0o4755, 0o7777)
     ),
     *(
@@ -59,7 +62,7 @@ CHMOD = [
             gives,
             {b"x": "c"} if gives is None else {},
         )
-        for kind, thing in KINDS.items()
+        for kind, thing in FOLLOWED.items()
         for who, by, gives in (
             ("its owner", OWNER, None),
             ("root", ROOT, None),
@@ -75,7 +78,7 @@ CHMOD = [
             (_chmod(b"x", by, 0o2755),),
             after={b"x": {"mode": mode}},
         )
-        for kind, thing in KINDS.items()
+        for kind, thing in FOLLOWED.items()
         for who, by, gid, mode in (
             ("an owner in its group", OWNER, OWNER.gid, 0o2755),
             ("an owner not in its group", OWNER, OTHER_GROUP, 0o755),
@@ -197,7 +200,6 @@ def _lchown(path: bytes | int, by: Identity | None = None) -> Call:
     return call("lchown", path, OWNER.uid, OWNER.gid, by=by or ROOT)
 
 
-LINK = symlink(b"x", b"target")
 CHOWN = [
     *path_cases(_chown),
     *path_cases(_lchown, lambda path: symlink(path, b"none"), prefix="lchown: "),
@@ -210,7 +212,7 @@ CHOWN = [
             {b"x": "c"},
             {b"x": {"uid": OWNER.uid if uid == -1 else uid, "gid": OWNER.gid if gid == -1 else gid}},
         )
-        for kind, thing in {**KINDS, "link": LINK}.items()
+        for kind, thing in KINDS.items()
         for uid, gid in ((0, 0), (7, -1), (-1, 8), (1 << 31, (1 << 32) - 2))
     ),
     *(
@@ -221,7 +223,7 @@ CHOWN = [
             gives,
             {b"x": "c"} if gives is None else {},
         )
-        for kind, thing in {**KINDS, "link": LINK}.items()
+        for kind, thing in KINDS.items()
         for what, by, uid, gid, gives in (
             ("given away by its owner", MEMBER, STRANGER.uid, -1, "EPERM"),
             ("by its owner to what it is", MEMBER, MEMBER.uid, MEMBER.gid, None),
@@ -331,7 +333,7 @@ UTIMENSAT = [
             {b"x": letters},
             {b"x": {"times": shown if kind not in ("directory", "link") else (None, *shown[1:])}},
         )
-        for kind, thing in {**KINDS, "link": LINK}.items()
+        for kind, thing in KINDS.items()
         for what, times, letters, shown in (
             (
                 "both",
@@ -466,39 +468,21 @@ UTIMENSAT = [
     ),
 ]
 
-ALL = (CHMOD, CHOWN, UTIMENSAT)
+TABLES = {"chmod": CHMOD, "chown": CHOWN, "utimensat": UTIMENSAT}
 
 
 @pytest.fixture(scope="module")
 def judge(person: Person, area: Path) -> Iterator[Judge]:
-    yield from judged(person, area, "attributes", [case for cases in ALL for case in cases])
+    yield from judged(person, area, "attributes", TABLES)
 
 
 @as_root
-@table(CHMOD)
-def test_chmod(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
-
-
-@as_root
-@table(CHOWN)
-def test_chown(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
-
-
-@as_root
-@table(UTIMENSAT)
-def test_utimensat(judge: Judge, place: str, case: Case) -> None:
+@table(TABLES)
+def test_root(judge: Judge, place: str, case: Case) -> None:
     judge.judge(place, case)
 
 
 @as_user
-@table([case for case in CHMOD if case.is_anybodys])
-def test_chmod_of_a_plain_user(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
-
-
-@as_user
-@table([case for case in UTIMENSAT if case.is_anybodys])
-def test_utimensat_of_a_plain_user(judge: Judge, place: str, case: Case) -> None:
+@table(TABLES, anybodys=True)
+def test_a_plain_user(judge: Judge, place: str, case: Case) -> None:
     judge.judge(place, case)

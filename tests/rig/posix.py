@@ -221,6 +221,10 @@ class _Maker:
     def _write(self, data: bytes) -> int:
         return os.write(self._fd, data)
 
+    def _link_open(self, path: bytes) -> None:
+        """A name for what is open (open(2), at O_TMPFILE)."""
+        _c("linkat", -100, b"/proc/self/fd/%d" % self._fd, -100, path, 0x400)
+
     def _list(self, path: bytes) -> list[bytes]:
         return sorted(os.listdir(path))
 
@@ -331,7 +335,9 @@ def _run(root: Path, members: Sequence[Member], calls: Sequence[Sequence[Call]])
     for number, some in enumerate(calls):
         os.chdir(root / str(number))
         start_ns = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
-        outcomes.append(Outcome(make_calls(some), _observe(start_ns)))
+        results = make_calls(some)
+        os.chdir(root / str(number))
+        outcomes.append(Outcome(results, _observe(start_ns)))
     return outcomes
 
 
@@ -398,8 +404,9 @@ class Judge:
         assert not wrong, "\n".join(wrong)
 
 
-def judged(person: Person, area: Path, name: str, cases: Sequence[Case]) -> Iterator[Judge]:
+def judged(person: Person, area: Path, name: str, families: Mapping[str, Sequence[Case]]) -> Iterator[Judge]:
     """The fixture: a judge of those cases that are the person's to make. `name` is the module's own."""
+    cases = [case for some in families.values() for case in some]
     mount = Mount(
         person, area / f"posix-{name}-{person.name}", *(["--allow-other"] if person.is_root else [])
     )
@@ -461,7 +468,16 @@ def _differences(expected: Outcome, found: Outcome) -> list[str]:
     return wrong
 
 
-def table(cases: Sequence[Case]) -> Callable[[Any], Any]:
-    """Parametrizes a test with `case` and `place`: one for each row and each place it is for."""
-    rows = [pytest.param(case, place, id=f"{case.name}-{place}") for case in cases for place in case.places]
+def table(families: Mapping[str, Sequence[Case]], anybodys: bool = False) -> Callable[[Any], Any]:
+    """Parametrizes a test with `case` and `place`: one for each row and each place it is for.
+
+    `anybodys`: only the rows for a plain user.
+    """
+    rows = [
+        pytest.param(case, place, id=f"{family}: {case.name}-{place}")
+        for family, cases in families.items()
+        for case in cases
+        for place in case.places
+        if case.is_anybodys or not anybodys
+    ]
     return pytest.mark.parametrize(("case", "place"), rows)

@@ -1,13 +1,33 @@
-"""Rows for what every call makes of its path: path_resolution(7)'s errors, and the longest. Pure."""
+"""Who calls on what, and the rows of path_resolution(7): what every call makes of its path. Pure."""
 
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from rig.layers import Member, device, directory, fifo, file, symlink
 from rig.posix import BAD_ADDRESS, Call, Case, Identity
 
-__all__ = ["MATE", "MEMBER", "OWNER", "ROOT", "STRANGER", "owned", "path_cases"]
+__all__ = [
+    "DIRECTORY",
+    "FILE",
+    "KINDS",
+    "LINK",
+    "MATE",
+    "MEMBER",
+    "OTHER_GROUP",
+    "OWNER",
+    "ROOT",
+    "STRANGER",
+    "as_root",
+    "as_user",
+    "owned",
+    "path_cases",
+]
+
+as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
+as_user = pytest.mark.parametrize("person", ["user"], indirect=True)
 
 ROOT = Identity(0, 0)
 OWNER = Identity(65534, 65534)
@@ -16,6 +36,17 @@ MATE = Identity(65533, 65534)
 MEMBER = Identity(65532, 65532, (65531, 65534))
 """Of the owner's group by the last of its supplementary ones."""
 STRANGER = Identity(65530, 65530, (65529,))
+
+OTHER_GROUP = 65000
+
+FILE, DIRECTORY, LINK = file(b"x", b"content"), directory(b"x"), symlink(b"x", b"target")
+KINDS = {
+    "file": FILE,
+    "directory": DIRECTORY,
+    "link": LINK,
+    "FIFO": fifo(b"x"),
+    "device": device(b"x", os.makedev(1, 3)),
+}
 
 _LONGEST_NAME = b"n" * 255
 _DEEP = [b"/".join([b"d" * 255] * depth) for depth in range(1, 15)]
