@@ -189,7 +189,8 @@ class WritableRootfs(Rootfs):
 
     def _setattr_upper(self, thing: Object, changes: Changes) -> None:
         upper, fd = self._upper, self.descriptor(thing)
-        if changes.size is not None:
+        # To its own size: the kernel, which keeps the times, leaves them (fs/fuse/dir.c, fuse_do_setattr).
+        if changes.size is not None and changes.size != os.fstat(fd).st_size:
             upper.truncate(fd, changes.size)
         if changes.uid is not None or changes.gid is not None:
             upper.chown(

@@ -270,7 +270,11 @@ def test_the_kernel_mounts_the_upper(fresh: Mount) -> None:
 
 def test_times_shown_are_those_on_disk(mounted: Mount, container: str) -> None:
     """With the writeback cache the kernel knows mtime first: what it shows must be what a remount shows."""
-    script = "for i in $(seq 30); do echo hi > x$i; echo more >> x$((i / 2)); done; stat -c '%n %.9Y' x*"
+    script = """
+        for i in $(seq 30); do echo hi > x$i; echo more >> x$((i / 2)); done
+        printf abc > xs; touch -d @5 xs; perl -e 'truncate "xs", 3'
+        stat -c '%n %.9Y' x*
+    """
     shown = _in_rootfs(mounted, container, script)
     upper = mounted.store / "containers" / container / "diff"
     assert mounted.person.run("bash", "-c", "cd $1 && stat -c '%n %.9Y' x*", "bash", upper).ok() == shown
