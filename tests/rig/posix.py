@@ -16,6 +16,7 @@ what the kernel checks, from call to call. Paths are relative to the case's dire
 import ctypes
 import errno
 import os
+import resource
 import stat
 import subprocess
 import time
@@ -237,10 +238,24 @@ class _Maker:
         _c("renameat2", -100, old, -100, new, flags)
 
     def _run(self, program: bytes) -> None:
-        """Until the end of the case."""
-        process = subprocess.Popen([b"./" + program, b"sleep", b"1000"])
+        """Until the end of the case: it is sleep(1)."""
+        process = subprocess.Popen([b"./" + program, b"1000"])
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
+
+    def _limit_size(self, size: int) -> None:
+        self._limit(resource.RLIMIT_FSIZE, size)
+
+    def _limit_files(self) -> None:
+        """To what is open."""
+        free = os.dup(0)
+        os.close(free)
+        self._limit(resource.RLIMIT_NOFILE, free)
+
+    def _limit(self, kind: int, limit: int) -> None:
+        before = resource.getrlimit(kind)
+        self._stack.callback(resource.setrlimit, kind, before)
+        resource.setrlimit(kind, (limit, before[1]))
 
     def _bind(self, path: bytes) -> None:
         """A socket's name."""
@@ -443,7 +458,7 @@ def _wrong(case: Case, found: Outcome) -> list[str]:
     """What is not as the case says."""
     wrong = []
     if found.results[-1] != case.gives:
-        wrong.append(f"{case.calls[-1]} gives {found.results[-1]!r}, not {case.gives!r}")
+        wrong.append(f"{case.calls} give {found.results}, not {case.gives!r} at last")
     failed = isinstance(case.gives, str)
     changed = _changed(case, found)
     if (case.times is not None or (failed and len(case.calls) == 1)) and changed != (case.times or {}):
