@@ -62,11 +62,11 @@ class WritableRootfs(Rootfs):
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         truncates = flags & os.O_TRUNC
         if not writes and not truncates:
-            return self.open_for(thing, os.O_RDONLY)
+            return self.open_for(thing, os.O_RDONLY | flags & os.O_NOATIME)
         # Always for reading too: with the writeback cache the kernel reads the page it writes a part of, and
         # O_APPEND is its own business (fuse.rst). Nobody reads by that, so the file was not accessed.
         only_writes = flags & os.O_ACCMODE == os.O_WRONLY
-        upper_flags = os.O_RDWR | truncates | (os.O_NOATIME if only_writes else 0)
+        upper_flags = os.O_RDWR | truncates | (os.O_NOATIME if only_writes else flags & os.O_NOATIME)
         if thing.in_upper:
             return self.open_for(thing, upper_flags)
         return self._open_copied(thing, upper_flags)

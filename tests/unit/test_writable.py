@@ -268,6 +268,17 @@ def test_a_file_truncated_in_the_layer_is_modified(kernel: FakeKernel, size: int
     assert _read(kernel, b"d/a") == b"content a"[:size] + bytes(max(0, size - 9))
 
 
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDONLY | os.O_NOATIME, os.O_RDWR | os.O_NOATIME])
+def test_what_is_read_for_the_kernel_or_without_atime_is_not_accessed(
+    area: Area, kernel: FakeKernel, flags: int
+) -> None:
+    kernel.chmod(b"d/a", 0o600)
+    handle = run(kernel.rootfs.open(kernel.node(b"d/a"), flags, CALLER))
+    assert run(handle.read(0, 100)) == b"content a"
+    run(handle.close())
+    assert (area.diff / "d/a").stat().st_atime_ns == MTIME_NS
+
+
 def test_opening_with_truncation_copies_no_content(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
