@@ -718,7 +718,6 @@ POSIX_FALLOCATE = [
         (FILE,),
         (call("limit_size", 100), _open(b"x", WRITE), _allocate(0, 101)),
         "EFBIG",
-        {},
         differs=EMULATED,
     ),
     Case(
