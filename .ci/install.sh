@@ -14,7 +14,22 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 # pyfuse3 is built here: libfuse3's headers, pkg-config, a compiler, Python's headers.
 packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv skopeo umoci busybox-static)
 if [ "${1-}" = dev ]; then
-    packages+=(buildah git attr acl libcap2-bin libarchive-tools jq vim e2fsprogs pigz zstd mmdebstrap rsync)
+    packages+=(
+        acl
+        attr
+        buildah
+        e2fsprogs
+        git
+        jq
+        libarchive-tools
+        libcap2-bin
+        mmdebstrap
+        pigz
+        podman
+        rsync
+        vim
+        zstd
+    )
 fi
 missing=()
 for package in "${packages[@]}"; do

@@ -13,6 +13,9 @@ below it (setup.cfg, checked by import-linter)::
                                                        containerdir     one container's directory
                                                        documentfile     metadata.json as it is written
                                                        scratchfile      files beside it, in memory
+    commit                  a container becomes an image
+    export                  a container's tree, or its changes, as a tar
+    changes                 what a container changed in its image
     drivers                 how a rootfs comes into the tree: union
     writable                changes in a rootfs: copy-up, whiteouts, renames
     rootfs                  looking and reading in a rootfs
@@ -30,6 +33,8 @@ below it (setup.cfg, checked by import-linter)::
     layerindex, tar         the index file, read where touched; the tar scanner
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
     metadata                the rules of metadata.json     oci           manifests and configs
+                                                           imageconfig   what a commit changes in a config
+    tarwriter               the writer of tars
     synthetic               made-up objects of the tree
     inodes                  nodes, lookup counts, handles
     names, syscalls         names checked once; system calls Python lacks

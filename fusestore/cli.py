@@ -14,9 +14,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -363,6 +363,111 @@ def _stop(places: _Places, ref: str) -> None:
 
 
 @_command
+@click.argument("ref", metavar="ID")
+@_json
+@_places
+def _diff(places: _Places, ref: str, as_json: bool) -> None:
+    """List what a container changed in its image.
+
+    A line each: A added, C changed, D deleted, and the path. Of what was deleted only the topmost is named.
+    """
+    from .changes import differences
+    from .drivers import snapshot
+
+    with places.open() as store:
+        container_id = store.container_id(ref)
+        with store.hold(container_id), snapshot(store, container_id) as tree:
+            found = [(kind.value, b"/" + path) for kind, path in differences(tree)]
+    if as_json:
+        _print_json([{"kind": kind, "path": os.fsdecode(path)} for kind, path in found])
+        return
+    for kind, path in found:
+        _print_path(kind + " ", path)
+
+
+@_command
+@click.argument("ref", metavar="ID")
+@click.option("-o", "--output", metavar="FILE", default="-", help="Instead of standard output.")
+@_places
+def _export(places: _Places, ref: str, output: str) -> None:
+    """Write a container's whole rootfs as a tar.
+
+    Whoever unpacks it (tar -x, podman import) has the tree as it is shown, without sockets.
+    """
+    from .drivers import snapshot
+    from .export import export_tree
+
+    if output == "-" and sys.stdout.isatty():
+        raise click.UsageError("a tar does not go to a terminal: redirect it, or name a file with -o")
+    with places.open() as store:
+        container_id = store.container_id(ref)
+        with store.hold(container_id), snapshot(store, container_id) as tree, _output(output) as file:
+            export_tree(tree, file.write)
+
+
+@_command
+@click.argument("ref", metavar="ID")
+@click.argument("name")
+@click.option("-m", "--message", default="", metavar="TEXT", help="Comment in the image's history.")
+@click.option("-a", "--author", default="", metavar="TEXT", help="Who made the image.")
+@click.option("-c", "--change", "changes", multiple=True, metavar="INSTRUCTION",
+              help="A Dockerfile's CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, ONBUILD, STOPSIGNAL, USER, VOLUME or "
+              "WORKDIR, to be applied to the config; repeatable.")  # fmt: skip
+@click.option("--compression", type=click.Choice(["gzip", "zstd", "none"]), default="gzip", show_default=True,
+              help="Of the new layer.")  # fmt: skip
+@_places
+def _commit(
+    places: _Places,
+    ref: str,
+    name: str,
+    message: str,
+    author: str,
+    changes: tuple[str, ...],
+    compression: str,
+) -> None:
+    """Make an image of a container, and print its id.
+
+    It has the layers of the container's image and, on them, what the container changed. NAME moves to it if
+    another image has it. With SOURCE_DATE_EPOCH set the same changes give the same image.
+    """
+    from .commit import CommitOptions, commit
+
+    epoch_s = _source_date_epoch()
+    options = CommitOptions(message, author, changes, compression, epoch_s)
+    with places.open() as store, _progress("commit") as progress:
+        image = commit(store, ref, name, options, progress)
+    click.echo(image.id)
+
+
+def _source_date_epoch() -> int | None:
+    """reproducible-builds.org/specs/source-date-epoch."""
+    text = os.environ.get("SOURCE_DATE_EPOCH")
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,11}", text):
+        raise BadInput(f"SOURCE_DATE_EPOCH is {text!r}: set it to seconds since 1970, or unset it")
+    return int(text)
+
+
+@contextmanager
+def _output(path: str) -> Iterator[BinaryIO]:
+    """Standard output for "-", else a file that is there only when it is whole."""
+    if path == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    partial = f"{path}.part"
+    try:
+        with open(partial, "xb") as file:
+            yield file
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+    os.rename(partial, path)
+
+
+@_command
 @_places
 def _check(places: _Places) -> int:
     """Verify every file of the store; change nothing.
@@ -381,6 +486,14 @@ def _check(places: _Places) -> int:
 def _print_json(value: object) -> None:
     # Pure ASCII: nothing in it can act on a terminal, and file names that are not UTF-8 stay printable.
     click.echo(json.dumps(value, indent=2))
+
+
+def _print_path(prefix: str, path: bytes) -> None:
+    """A path as it is, for programs; on a terminal what would act on it is escaped."""
+    if sys.stdout.isatty():
+        click.echo(prefix + printable(os.fsdecode(path)))
+    else:
+        sys.stdout.buffer.write(prefix.encode() + path + b"\n")
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

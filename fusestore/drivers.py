@@ -11,14 +11,14 @@ import os
 import resource
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from .blobs import LayerReader
 from .errors import StoreUnusable
 from .images import Image
-from .inodes import Closable, Inodes, Node
+from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
 from .layerindex import LayerIndex
 from .layout import Layout
 from .nodes import Attr
@@ -28,7 +28,7 @@ from .union import LayerView, Lower
 from .upper import Scheme, Upper, find_scheme
 from .writable import WritableRootfs
 
-__all__ = ["DRIVERS", "UnionDriver"]
+__all__ = ["DRIVERS", "UnionDriver", "snapshot"]
 
 _DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _EMPTY_ROOT = Attr(
@@ -85,6 +85,10 @@ class UnionDriver:
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> WritableRootfs:
         return self._writable(parent, _ContainerOpener(self, self._store, container_id), label)
 
+    def container_as_it_is(self, container_id: str, parent: Node) -> Rootfs:
+        """The container's rootfs for reading only: looking changes nothing, not even that it was entered."""
+        return self._read_only(parent, _ContainerOpener(self, self._store, container_id, is_entering=False))
+
     def directory(self, path: Path, parent: Node) -> WritableRootfs:
         """A real directory of the store's or the run directory's."""
         return self._writable(parent, _DirectoryOpener(self, path), b"")
@@ -125,6 +129,23 @@ def _agreed_scheme(store: Store, scratch: int) -> Scheme:
             "mount it as root outside of a user namespace, or name another store with --store"
         )
     return scheme
+
+
+@contextlib.contextmanager
+def snapshot(store: Store, container_id: str) -> Iterator[Rootfs]:
+    """A container's rootfs, opened without a mount, for reading. Valid until the context ends.
+
+    What was written through a mount until now is in it, also what that mount's kernel still has in its cache.
+    """
+    store.write_back()
+    inodes = Inodes()
+    with contextlib.closing(UnionDriver(store, inodes)) as driver:
+        tree = driver.container_as_it_is(container_id, Node(Branch(), ROOT_INODE))
+        tree.open_now()
+        try:
+            yield tree
+        finally:
+            tree.detach()
 
 
 class _ImageOpener:
@@ -177,14 +198,19 @@ class _ContainerOpener:
     Whether it is there tells whether the container can still be bound to an image.
     """
 
-    def __init__(self, driver: UnionDriver, store: Store, container_id: str) -> None:
+    def __init__(
+        self, driver: UnionDriver, store: Store, container_id: str, *, is_entering: bool = True
+    ) -> None:
         self._driver = driver
         self._store = store
         self._id = container_id
+        self._is_entering = is_entering
 
     def open(self) -> Opened:
         lower, readers = self._layers()
         path = os.fsencode(self._store.upper_dir(self._id))
+        if not self._is_entering and not os.path.exists(path):
+            return Opened(lower, readers, None, lambda: None)
         directory = os.open(os.path.dirname(path), _DIRECTORY_FLAGS)
         try:
             root = self._open_upper(directory, os.path.basename(path), lower)

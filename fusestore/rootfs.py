@@ -12,10 +12,11 @@ last name is gone (an orphan) keeps its descriptor and answers until the kernel 
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -232,6 +233,23 @@ class OpenFile(FileHandle):
         data: bytes = yield lambda: read_extents(self._reader, self._extents, offset, size)
         return data
 
+    def runs(self, size: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of each run of data in the first `size` bytes, ascending: all else is holes."""
+        if self._fd < 0:
+            yield from ((extent.offset, extent.length) for extent in self._extents)
+            return
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # lseek(2): no data from there on
+                    return
+                raise
+            end = min(os.lseek(self._fd, start, os.SEEK_HOLE), size)
+            if start < end:
+                yield start, end - start
+
     def write(self, offset: int, data: bytes) -> int:
         """Leaves mtime: with the writeback cache the kernel says what it is, by setattr (fuse-io.rst).
 
@@ -318,6 +336,10 @@ class Rootfs(Branch):
             opened.close()
         else:
             self._take(opened)
+
+    def open_now(self) -> None:
+        """`prepare`, in this thread. Blocking."""
+        self._take(self._opener.open())
 
     def _take(self, opened: Opened) -> None:
         self._opened = opened
@@ -483,7 +505,7 @@ class Rootfs(Branch):
             peeked = self._opener.peek() if thing is self.root else None
             if peeked is not None:
                 return peeked
-            self._take(self._opener.open())
+            self.open_now()
         assert self._opened is not None
         if thing.in_upper and self._opened.upper is not None:
             attr = self._opened.upper.attr(self.descriptor(thing))

@@ -49,6 +49,7 @@ from .layout import (
 from .mounts import Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
 from .names import parse_container_id
 from .nodes import Digest
+from .syscalls import syncfs
 
 __all__ = [
     "Container",
@@ -461,6 +462,16 @@ class Store:
             except FileNotFoundError:
                 self._workspace.write_file(self._layout.scheme, f"{proposed}\n".encode())
         return proposed
+
+    def write_back(self) -> None:
+        """Has the kernel write what it keeps for the live mounts into the store."""
+        for record in self.mounts():
+            with contextlib.suppress(OSError):  # unmounted, or dead: then it keeps nothing
+                fd = os.open(record.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    syncfs(fd)
+                finally:
+                    os.close(fd)
 
     def lock(self) -> AbstractContextManager[None]:
         """While it is held nobody adds, removes or renames anything, and every method here that would waits.
