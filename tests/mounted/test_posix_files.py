@@ -368,28 +368,6 @@ OPEN = [
         {},
     ),
     Case(
-        "and seek a hole that was made",
-        (),
-        (_open(b"x", NEW | WRITE), call("ftruncate", 1 << 20), call("lseek", 0, os.SEEK_HOLE)),
-        1 << 20,
-        differs="pyfuse3 has no lseek: all is data",
-    ),
-    Case(
-        "and ask for flags of attributes",
-        (FILE,),
-        (_open(b"x", READ), call("flags")),
-        "ENOTTY",
-        {},
-        differs="pyfuse3 has no ioctl",
-    ),
-    Case(
-        "and punch a hole",
-        (FILE,),
-        (_open(b"x", WRITE), call("punch", 0, 3)),
-        "ENOTSUP",
-        differs="pyfuse3 has no fallocate",
-    ),
-    Case(
         "without a name",
         (),
         (_open(b".", os.O_TMPFILE | BOTH),),
