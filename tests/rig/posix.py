@@ -197,6 +197,12 @@ class _Maker:
     def _ftruncate(self, size: int) -> None:
         _c("ftruncate", self._fd, size)
 
+    def _close(self) -> None:
+        os.close(os.dup(self._fd))
+
+    def _fsync(self) -> None:
+        os.fsync(self._fd)
+
     def _fchmod(self, mode: int) -> None:
         _c("fchmod", self._fd, mode)
 
