@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import os
 import resource
-import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from .blobs import LayerReader
 from .errors import StoreUnusable
 from .images import Image
 from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
-from .layerindex import LayerIndex
+from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
 from .nodes import Attr
 from .rootfs import Descriptors, Opened, Opener, Rootfs
@@ -31,18 +30,8 @@ from .writable import WritableRootfs
 __all__ = ["DRIVERS", "UnionDriver", "snapshot"]
 
 _DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_EMPTY_ROOT = Attr(
-    mode=stat.S_IFDIR | 0o755,
-    uid=0,
-    gid=0,
-    size=0,
-    rdev=0,
-    nlink=2,
-    blocks=0,
-    atime_ns=0,
-    mtime_ns=0,
-    ctime_ns=0,
-)
+_EMPTY_LAYER = LayerIndex(LayerBuilder().finish(0))
+"""What an image of no layers is shown as."""
 
 
 class _NothingHeld:
@@ -158,12 +147,12 @@ class _ImageOpener:
 
     def open(self) -> Opened:
         layers = self._store.open_layers(self._image)
-        lower = self._view([layer.index for layer in layers])
+        lower = self._view([layer.index for layer in layers] or [_EMPTY_LAYER])
         return Opened(lower, [layer.reader for layer in layers], None, lambda: None)
 
     def peek(self) -> Attr:
         lower = self.open().lower
-        return lower.attr(lower.root) if lower.root else _EMPTY_ROOT
+        return lower.attr(lower.root)
 
     def hold(self) -> Closable:
         return _NothingHeld()
@@ -251,7 +240,7 @@ def _own_root() -> Attr:
     """The root directory of a container without an image."""
     now_ns = time.time_ns()
     return replace(
-        _EMPTY_ROOT,
+        _EMPTY_LAYER.attr(LayerIndex.ROOT),
         uid=os.geteuid(),
         gid=os.getegid(),
         atime_ns=now_ns,
