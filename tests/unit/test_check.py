@@ -215,6 +215,17 @@ def test_derived_files_may_be_missing(tmp_path: Path, store: Store, name: str) -
         assert check(reopened) == []
 
 
+@pytest.mark.parametrize("time_s", [0, 1, 4_000_000_000])
+def test_times_are_no_finding(tmp_path: Path, store: Store, time_s: int) -> None:
+    """A copy of a store, a restored backup, a wrong clock."""
+    for directory, directories, files in os.walk(store.path):
+        for name in [*directories, *files]:
+            os.utime(os.path.join(directory, name), (time_s, time_s), follow_symlinks=False)
+    with open_at(tmp_path) as reopened:
+        assert check(reopened) == []
+        assert reopened.get_container_metadata("c")["a"] == 1
+
+
 def test_the_remedy_works(tmp_path: Path, store: Store) -> None:
     """Of derived files: removing them is all."""
     for path in Path(store.path).glob("layers/*/*"):
