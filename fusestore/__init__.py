@@ -37,7 +37,7 @@ below it (setup.cfg, checked by import-linter)::
     tarwriter               the writer of tars
     synthetic               made-up objects of the tree
     inodes                  nodes, lookup counts, handles
-    names, syscalls         names checked once; system calls Python lacks
+    names, acl, syscalls    names checked once; POSIX ACLs; system calls Python lacks
     layout                  THE ON-DISK FORMAT
     nodes, errors           the vocabulary; every exception and its errno
 """

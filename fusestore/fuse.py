@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import pyfuse3
 import trio
 
+from .acl import ACCESS
 from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
 from .inodes import Caller, Changes, FileHandle, Maybe
 from .nodes import Inode
@@ -92,8 +93,10 @@ class Filesystem(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = True
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, enable_acl: bool) -> None:
+        """`enable_acl`: the kernel checks ACLs, and modes too then (fs/fuse/inode.c, FUSE_POSIX_ACL)."""
         super().__init__()
+        self.enable_acl = enable_acl
         self.tree = tree
         self.waiting = 0
         """Requests that wait for a worker thread now."""
@@ -178,7 +181,10 @@ class Filesystem(pyfuse3.Operations):
         value: bytes,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        await self._finish(self.tree.setxattr(inode, name, value))
+        await self._finish(self.tree.setxattr(inode, name, value, _caller(ctx)))
+        if name == ACCESS and not self.enable_acl:
+            # Otherwise the kernel looks itself what has become of the mode (fs/fuse/acl.c, fuse_set_acl).
+            pyfuse3.invalidate_inode(inode, attr_only=True)
 
     @_bounded
     async def removexattr(

@@ -248,7 +248,7 @@ class Branch:
         """Within this branch; `flags` of RENAME_NOREPLACE, RENAME_EXCHANGE."""
         raise errors.ReadOnly("read-only part of the store")
 
-    def set_xattr(self, node: Node, name: bytes, value: bytes) -> Maybe[None]:
+    def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> Maybe[None]:
         raise errors.ReadOnly("read-only part of the store")
 
     def remove_xattr(self, node: Node, name: bytes) -> Maybe[None]:

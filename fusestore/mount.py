@@ -24,7 +24,7 @@ from .drivers import DRIVERS, UnionDriver
 from .errors import BadInput, Busy, FusestoreError
 from .fuse import Filesystem
 from .inodes import Inodes
-from .mountpoint import detach
+from .mountpoint import attach, detach
 from .mounts import BELL_MAX, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
@@ -132,28 +132,37 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
             return driver
 
         tree = Tree(store, make_driver, Owner(os.geteuid(), os.getegid()), trash.wake)
-        filesystem = Filesystem(tree)
+        filesystem = Filesystem(tree, enable_acl="default_permissions" in _options(allow_other))
         stack.callback(setattr, pyfuse3, "trio", trio)
         setattr(pyfuse3, "trio", _stand_in(filesystem))  # noqa: B010 - not in its type stubs
         disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, disk)
         stack.callback(_sync, disk)
         departure = _Departure(mountpoint, tree)
-        _init(filesystem, mountpoint, allow_other)
-        stack.callback(lambda: pyfuse3.close(unmount=not departure.is_detached))
+        device = _init(filesystem, mountpoint, allow_other)
+        stack.callback(_close, device, departure)
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
         trio.run(_serve, record, store, tree, trash, departure, ready)
     _log.info("unmounted %s", mountpoint)
 
 
-def _init(filesystem: Filesystem, mountpoint: str, allow_other: bool) -> None:
-    """Mounts. libfuse and fusermount3 say on standard error why they cannot: that goes into the exception."""
+def _init(filesystem: Filesystem, mountpoint: str, allow_other: bool) -> int:
+    """Mounts. The device of root's mount, which libfuse did not make, and -1 for others.
+
+    libfuse and fusermount3 say on standard error why they cannot: that goes into the exception.
+    """
+    options = _options(allow_other)
+    if os.geteuid() == 0:
+        device = attach(mountpoint, options)
+        pyfuse3.init(filesystem, f"/dev/fd/{device}", set())
+        return device
     own = os.dup(2)
     said = os.memfd_create("stderr")
     os.dup2(said, 2)
     try:
-        pyfuse3.init(filesystem, mountpoint, _options(allow_other))
+        pyfuse3.init(filesystem, mountpoint, {"fsname=fusestore", "subtype=fusestore", *options})
+        return -1
     except RuntimeError as error:
         reasons = os.pread(said, 1 << 12, 0).decode(errors="replace").strip().splitlines() or [str(error)]
         where = "choose an empty directory of your own" if os.geteuid() else "choose another directory"
@@ -162,6 +171,19 @@ def _init(filesystem: Filesystem, mountpoint: str, allow_other: bool) -> None:
         os.dup2(own, 2)
         os.close(own)
         os.close(said)
+
+
+def _close(device: int, departure: "_Departure") -> None:
+    """The connection ends, and the mount if it is still there: after it, for the kernel waits for answers."""
+    if device < 0:
+        pyfuse3.close(unmount=not departure.is_detached)
+        return
+    hangup = select.poll()
+    hangup.register(device, 0)  # POLLERR comes unasked, once the file system is unmounted
+    is_mounted = not departure.is_detached and not hangup.poll(0)
+    pyfuse3.close()
+    if is_mounted:
+        detach(departure.mountpoint, lazily=True)
 
 
 def _sync(disk: int) -> None:
@@ -177,12 +199,9 @@ def _options(allow_other: bool) -> set[str]:
     Who may do what is checked by the kernel, from the modes shown, as soon as others than the mounting user
     can come. A plain user's own mount is not checked: alone in it, they are to its files what root is.
     """
-    options = {"fsname=fusestore", "subtype=fusestore"}
     if allow_other:
-        options |= {"allow_other", "default_permissions"}
-    elif os.geteuid() == 0:
-        options.add("default_permissions")
-    return options
+        return {"allow_other", "default_permissions"}
+    return {"default_permissions"} if os.geteuid() == 0 else set()
 
 
 class _Trash:
@@ -274,7 +293,7 @@ class _Departure:
     """
 
     def __init__(self, mountpoint: str, tree: Tree) -> None:
-        self._mountpoint = mountpoint
+        self.mountpoint = mountpoint
         self._tree = tree
         self.is_detached = False
         """The mount point may be another's by now."""
@@ -296,7 +315,7 @@ class _Departure:
     async def _detach(self) -> None:
         """In a thread: the kernel asks us to write what it holds."""
         try:
-            await trio.to_thread.run_sync(_detach, self._mountpoint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(_detach, self.mountpoint, abandon_on_cancel=True)
         except FusestoreError as error:
             _log.error("%s", error)
         else:

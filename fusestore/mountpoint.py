@@ -11,17 +11,18 @@ import errno
 import os
 import re
 import select
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
-from .errors import AccessDenied, Busy, NotADirectory, NotFound, NotPermitted
+from .errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from .layout import Layout, run_layout
 from .store import Store
-from .syscalls import MNT_DETACH, syncfs, umount2
+from .syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_POSIXACL, mount, syncfs, umount2
 
-__all__ = ["check_mountpoint", "detach", "is_mounted", "unmount"]
+__all__ = ["attach", "check_mountpoint", "detach", "is_mounted", "unmount"]
 
 _OURS = "fuse.fusestore"
 _UNMOUNT_TIMEOUT_S = 60.0
@@ -109,6 +110,28 @@ def _clear_dead(mountpoint: str) -> bool:
             detach(real, lazily=True)
             return True
     return False
+
+
+def attach(real: str, options: set[str]) -> int:
+    """Root's mount: its device, the caller's to close. `options` of mount.fuse3(8) that the kernel knows.
+
+    libfuse would do it but for MS_POSIXACL: without that the kernel takes the umask off every mode before it
+    comes here, and no default ACL can be inherited (fs/fuse/inode.c, dont_mask).
+    """
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise FusestoreError(f"/dev/fuse: {error.strerror}: modprobe fuse") from None
+    given = f"fd={device},rootmode={stat.S_IFDIR:o},user_id=0,group_id={os.getegid()}"
+    flags = MS_NOSUID | MS_NODEV | MS_POSIXACL
+    try:
+        mount(b"fusestore", os.fsencode(real), _OURS.encode(), flags, ",".join([given, *options]).encode())
+    except OSError as error:
+        os.close(device)
+        raise FusestoreError(
+            f"{real} could not be mounted ({error.strerror}): choose another directory"
+        ) from None
+    return device
 
 
 def unmount(store: Store, mountpoint: str) -> None:

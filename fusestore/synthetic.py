@@ -153,7 +153,7 @@ class FixedBranch(Branch):
     def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> Maybe[None]:
         self._refuse()
 
-    def set_xattr(self, node: Node, name: bytes, value: bytes) -> Maybe[None]:
+    def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> Maybe[None]:
         raise errors.NotSupported("no extended attributes here")
 
     def remove_xattr(self, node: Node, name: bytes) -> Maybe[None]:

@@ -5,9 +5,14 @@ import os
 
 __all__ = [
     "MNT_DETACH",
+    "MS_NODEV",
+    "MS_NOSUID",
+    "MS_POSIXACL",
     "RENAME_EXCHANGE",
     "RENAME_NOREPLACE",
     "RENAME_WHITEOUT",
+    "groups_of",
+    "mount",
     "punch_hole",
     "renameat2",
     "syncfs",
@@ -17,6 +22,9 @@ __all__ = [
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
+MS_NOSUID = 1 << 1
+MS_NODEV = 1 << 2
+MS_POSIXACL = 1 << 16
 MNT_DETACH = 2
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -25,6 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.syncfs.argtypes = [ctypes.c_int]
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 
 
@@ -49,6 +58,26 @@ def syncfs(fd: int) -> None:
     _check(_libc.syncfs(fd), b"syncfs")
 
 
+def mount(source: bytes, target: bytes, type: bytes, flags: int, options: bytes) -> None:
+    """mount(2): `flags` of MS_NOSUID, MS_NODEV, MS_POSIXACL."""
+    _check(_libc.mount(source, target, type, flags, options), target)
+
+
 def umount2(target: bytes, flags: int = 0) -> None:
-    """umount2(2)."""
+    """umount2(2): `flags` of MNT_DETACH."""
     _check(_libc.umount2(target, flags), target)
+
+
+def groups_of(pid: int) -> frozenset[int]:
+    """The supplementary groups of a process or thread, as this one's user namespace sees them (proc(5)).
+
+    None of one that has ended.
+    """
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"Groups:"):
+                    return frozenset(map(int, line.split()[1:]))
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return frozenset()

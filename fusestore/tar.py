@@ -19,16 +19,21 @@ from binascii import a2b_base64
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from struct import Struct
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, TypeVar
 from urllib.parse import unquote_to_bytes
 from zlib import adler32
 
-from .errors import LayerRefused
+from . import acl
+from .errors import BadInput, LayerRefused
 from .nodes import Extent, TarEntry, Xattrs
 
 __all__ = ["TarLimits", "TarScanner"]
 
+T = TypeVar("T")
+
 BLOCK = 512
+_ACLS = {b"SCHILY.acl.access": acl.ACCESS, b"SCHILY.acl.default": acl.DEFAULT}
+"""ACLs as text, of star, GNU tar and libarchive; SCHILY.xattr.system.posix_acl_… goes before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -576,6 +581,9 @@ def _parse_pax(body: bytes, limits: TarLimits) -> _Pax:
             pax["gid"] = _pax_number(value) if value else None
         elif keyword.startswith(b"SCHILY.xattr."):
             xattrs[keyword[13:]] = value
+        elif keyword in _ACLS:
+            if (found := _well_formed(acl.from_text, value)) is not None:
+                xattrs.setdefault(_ACLS[keyword], found)
         elif keyword.startswith(b"LIBARCHIVE.xattr."):
             # libarchive writes both spellings of one attribute: SCHILY's is the one Go reads.
             xattrs.setdefault(unquote_to_bytes(keyword[17:]), _base64(value))
@@ -592,6 +600,14 @@ def _parse_pax(body: bytes, limits: TarLimits) -> _Pax:
     return pax
 
 
+def _well_formed(function: Callable[[bytes], T], value: bytes) -> T:
+    """What a function of `fusestore.acl` makes of a value."""
+    try:
+        return function(value)
+    except BadInput as error:
+        raise _Malformed(str(error)) from None
+
+
 def _base64(value: bytes) -> bytes:
     """libarchive leaves the padding off."""
     digits = value.rstrip(b"=\n")
@@ -606,6 +622,8 @@ def _check_xattrs(xattrs: dict[bytes, bytes], limits: TarLimits) -> None:
     for name, value in xattrs.items():
         if not name or b"\0" in name or len(name) > limits.xattr_name:
             raise _Malformed("an xattr whose name is empty, has a NUL or is too long (limit: xattr_name)")
+        if name in acl.NAMES:
+            _well_formed(acl.check, value)
         if len(value) > limits.xattr_value:
             raise _Malformed(f"an xattr of {len(value)} bytes (limit: xattr_value)")
         total += len(name) + len(value)

@@ -150,11 +150,11 @@ class Tree:
             return [name for name, _ in xattrs]
         return self._xattr_names(xattrs)
 
-    def setxattr(self, ino: int, name: bytes, value: bytes) -> Maybe[None]:
+    def setxattr(self, ino: int, name: bytes, value: bytes, caller: Caller) -> Maybe[None]:
         node = self.inodes.node(ino)
         if not node.branch.ready:
-            return _prepared(node.branch, self.setxattr, ino, name, value)
-        return node.branch.set_xattr(node, name, value)
+            return _prepared(node.branch, self.setxattr, ino, name, value, caller)
+        return node.branch.set_xattr(node, name, value, caller)
 
     def removexattr(self, ino: int, name: bytes) -> Maybe[None]:
         node = self.inodes.node(ino)

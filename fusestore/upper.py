@@ -14,7 +14,7 @@ are stored with it twice ("escaped"). Besides, which the kernel does not mind, t
 * PLAIN, for everybody else: ``user.overlay.`` (what the kernel reads with userxattr). Owner, mode, type and
   device number, where the file cannot have them, are in the xattr ``user.fusestore.stat``, the file itself
   keeping what its owner needs to work with it; other xattrs that may not be set have the prefix
-  ``user.fusestore.xattr.``; ACLs are not kept. Symbolic links, FIFOs and sockets cannot carry user.* xattrs:
+  ``user.fusestore.xattr.``, ACLs among them. Symbolic links, FIFOs and sockets cannot carry user.* xattrs:
   there owners are the process's own, and changing them is refused.
 
 What must appear whole is made in the scratch directory and renamed into place.
@@ -29,17 +29,19 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from . import acl
 from .errors import NoAttribute, NotPermitted, NotSupported, StoreDamaged
 from .nodes import WHITEOUT_RDEV, Attr, Xattrs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 from .union import UpperEntry
 
-__all__ = ["Found", "Scheme", "Upper", "find_scheme"]
+__all__ = ["Birth", "Found", "Scheme", "Upper", "find_scheme"]
 
 _STAT = b"user.fusestore.stat"
 _FOREIGN = b"user.fusestore.xattr."
 _OWN = b"user.fusestore."
 _MOVED = b"fusestore.moved"
+_PLAIN_ACCESS = _FOREIGN + acl.ACCESS
 _PERMISSIONS = 0o7777
 _serial = itertools.count()
 """Names in the scratch directory, which is this process's alone."""
@@ -65,6 +67,17 @@ class Found(NamedTuple):
     """Its inode number in the file system below."""
     format: int
     """S_IFMT bits, as the user is to see them."""
+
+
+class Birth(NamedTuple):
+    """What a new object begins with."""
+
+    mode: int
+    """With S_IFMT bits."""
+    uid: int
+    gid: int
+    xattrs: Xattrs = ()
+    """ACLs are consistent with the mode."""
 
 
 _WHITEOUT_ENTRY = UpperEntry(is_whiteout=True)
@@ -192,8 +205,10 @@ class Upper:
 
     def chmod(self, fd: int, mode: int) -> None:
         if self._is_plain:
-            attr = self.attr(fd)
-            self._record(fd, stat.S_IFMT(attr.mode) | mode & _PERMISSIONS, attr.uid, attr.gid, attr.rdev)
+            access = _getxattr(_proc(fd), _PLAIN_ACCESS)
+            if access is not None:
+                os.setxattr(_proc(fd), _PLAIN_ACCESS, acl.with_mode(access, mode))
+            self._record_mode(fd, mode)
         else:
             os.chmod(_proc(fd), mode & _PERMISSIONS)
 
@@ -218,10 +233,22 @@ class Upper:
         os.truncate(_proc(fd), size)
 
     def set_xattr(self, fd: int, name: bytes, value: bytes) -> None:
-        """Raises NotSupported for ACLs in the plain scheme: there the mode is all there is."""
-        if self._is_plain and name.startswith(b"system."):
-            raise NotSupported("a plain user's store keeps no ACLs")
+        """Raises NotSupported for what only a file system itself gives a meaning."""
+        if self._is_plain and name.startswith(b"system.") and name != acl.DEFAULT:
+            raise NotSupported("of system.* a plain user's store keeps ACLs only")
         os.setxattr(_proc(fd), self._stored_name(name), value)
+
+    def set_access(self, fd: int, value: bytes) -> None:
+        """Set the access ACL, and with it the mode. An ACL that says no more than a mode is not kept."""
+        if not self._is_plain:
+            os.setxattr(_proc(fd), acl.ACCESS, value)
+            return
+        mode, says_all = acl.mode_of(value, self.attr(fd).mode)
+        if not says_all:
+            os.setxattr(_proc(fd), _PLAIN_ACCESS, value)
+        elif _getxattr(_proc(fd), _PLAIN_ACCESS) is not None:
+            os.removexattr(_proc(fd), _PLAIN_ACCESS)
+        self._record_mode(fd, mode)
 
     def remove_xattr(self, fd: int, name: bytes) -> None:
         """Raises NoAttribute."""
@@ -273,13 +300,13 @@ class Upper:
 
     # Making, in place
 
-    def make_file(self, directory: int, name: bytes, mode: int, uid: int, gid: int, replaces: bool) -> int:
+    def make_file(self, directory: int, name: bytes, birth: Birth, replaces: bool) -> int:
         """Create a regular file and open it read-write; `replaces` a whiteout of that name when told so."""
         home, temporary = (self._scratch, self._temporary()) if replaces else (directory, name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(temporary, flags, 0o600, dir_fd=home)
         try:
-            self._dress(fd, stat.S_IFREG | mode & _PERMISSIONS, uid, gid, 0)
+            self._dress(fd, birth, 0)
             if replaces:
                 renameat2(home, temporary, directory, name)
         except BaseException:
@@ -288,15 +315,13 @@ class Upper:
             raise
         return fd
 
-    def make_directory(
-        self, directory: int, name: bytes, mode: int, uid: int, gid: int, replaces: bool
-    ) -> None:
+    def make_directory(self, directory: int, name: bytes, birth: Birth, replaces: bool) -> None:
         """Create a directory; one that `replaces` a whiteout is opaque, for the whiteout hid a lower one."""
         temporary = self._temporary()
         os.mkdir(temporary, 0o700, dir_fd=self._scratch)
         try:
             with self._opened(self._scratch, temporary) as fd:
-                self._dress(fd, stat.S_IFDIR | mode & _PERMISSIONS, uid, gid, 0)
+                self._dress(fd, birth, 0)
                 if replaces:
                     self.set_opaque(fd)
             if replaces:
@@ -309,20 +334,16 @@ class Upper:
                 os.rmdir(temporary, dir_fd=self._scratch)
             raise
 
-    def make_node(
-        self, directory: int, name: bytes, mode: int, rdev: int, uid: int, gid: int, replaces: bool
-    ) -> None:
+    def make_node(self, directory: int, name: bytes, birth: Birth, rdev: int, replaces: bool) -> None:
         """Create a device, FIFO, socket or (mknod's other use) an empty regular file."""
         temporary = self._temporary()
-        self._mknod(temporary, mode, rdev)
-        self._settle(temporary, mode, uid, gid, rdev, directory, name, replaces)
+        self._mknod(temporary, birth.mode, rdev)
+        self._settle(temporary, birth, rdev, directory, name, replaces)
 
-    def make_symlink(
-        self, directory: int, name: bytes, target: bytes, uid: int, gid: int, replaces: bool
-    ) -> None:
+    def make_symlink(self, directory: int, name: bytes, target: bytes, birth: Birth, replaces: bool) -> None:
         temporary = self._temporary()
         os.symlink(target, temporary, dir_fd=self._scratch)
-        self._settle(temporary, stat.S_IFLNK | 0o777, uid, gid, 0, directory, name, replaces)
+        self._settle(temporary, birth, 0, directory, name, replaces)
 
     def link(self, fd: int, directory: int, name: bytes, replaces: bool) -> None:
         """One more name for the object `fd`."""
@@ -332,19 +353,11 @@ class Upper:
             self._place(temporary, directory, name, replaces)
 
     def _settle(
-        self,
-        temporary: bytes,
-        mode: int,
-        uid: int,
-        gid: int,
-        rdev: int,
-        directory: int,
-        name: bytes,
-        replaces: bool,
+        self, temporary: bytes, birth: Birth, rdev: int, directory: int, name: bytes, replaces: bool
     ) -> None:
         try:
             with self._opened(self._scratch, temporary) as fd:
-                self._dress(fd, mode, uid, gid, rdev)
+                self._dress(fd, birth, rdev)
             renameat2(self._scratch, temporary, directory, name, 0 if replaces else RENAME_NOREPLACE)
         except BaseException:
             os.unlink(temporary, dir_fd=self._scratch)
@@ -449,10 +462,7 @@ class Upper:
 
         Links, FIFOs and sockets lose the xattrs that Linux lets no such object have.
         """
-        self._dress(fd, attr.mode, attr.uid, attr.gid, attr.rdev)
-        for name, value in xattrs:
-            if self._holds(attr.mode, stored := self._stored_name(name)):
-                os.setxattr(_proc(fd), stored, value)
+        self._dress(fd, Birth(attr.mode, attr.uid, attr.gid, xattrs), attr.rdev)
         os.utime(_proc(fd), ns=(attr.atime_ns, attr.mtime_ns))
 
     def publish(self, staged: bytes, directory: int, name: bytes) -> int:
@@ -522,15 +532,19 @@ class Upper:
             mode, rdev = stat.S_IFREG, 0
         os.mknod(temporary, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=self._scratch)
 
-    def _dress(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
-        """Give a new object owner and mode."""
+    def _dress(self, fd: int, birth: Birth, rdev: int) -> None:
+        """Give a new object its owner, mode and those xattrs that Linux lets it have."""
+        mode, uid, gid, xattrs = birth
         if self._is_plain:
             with contextlib.suppress(NotPermitted):  # links, FIFOs and sockets stay the process's own
                 self._record(fd, mode, uid, gid, rdev)
-            return
-        os.chown(_proc(fd), uid, gid)
-        if not stat.S_ISLNK(mode):
-            os.chmod(_proc(fd), mode & _PERMISSIONS)
+        else:
+            os.chown(_proc(fd), uid, gid)
+            if not stat.S_ISLNK(mode):
+                os.chmod(_proc(fd), mode & _PERMISSIONS)
+        for name, value in xattrs:
+            if self._holds(mode, name):
+                os.setxattr(_proc(fd), self._stored_name(name), value)
 
     def _record(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
         """PLAIN: make mode, owner and device what is asked, in the file itself or else in its record."""
@@ -552,6 +566,11 @@ class Upper:
         else:
             os.setxattr(_proc(fd), _STAT, b"%o:%d:%d:%d" % wanted)
 
+    def _record_mode(self, fd: int, mode: int) -> None:
+        """PLAIN: make the permissions what is asked."""
+        attr = self.attr(fd)
+        self._record(fd, stat.S_IFMT(attr.mode) | mode & _PERMISSIONS, attr.uid, attr.gid, attr.rdev)
+
     def _recorded(self, path: bytes, status: os.stat_result) -> tuple[int, int, int, int]:
         """PLAIN: mode, uid, gid and rdev to show for a regular file or directory."""
         record = _getxattr(path, _STAT)
@@ -563,11 +582,14 @@ class Upper:
         except ValueError:
             raise StoreDamaged(f"user.fusestore.stat is {record!r}: remove that xattr") from None
 
-    def _holds(self, mode: int, stored: bytes) -> bool:
-        """Whether an object of that type can have an xattr (fs/xattr.c, xattr_permission)."""
+    def _holds(self, mode: int, name: bytes) -> bool:
+        """Whether an object of that type can have an xattr (fs/xattr.c, xattr_permission; fs/posix_acl.c)."""
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            return stat.S_ISDIR(mode) or name != acl.DEFAULT
+        if name == acl.DEFAULT or (name == acl.ACCESS and stat.S_ISLNK(mode)):
+            return False
         is_device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
-        is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (self._is_plain and is_device)
-        return is_file or not stored.startswith(b"user.")
+        return (self._is_plain and is_device) or not self._stored_name(name).startswith(b"user.")
 
     def _stored_name(self, name: bytes) -> bytes:
         if name.startswith(self._prefix):

@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from . import acl
 from .blobs import LayerReader
 from .errors import (
     BadInput,
     Exists,
     IsADirectory,
+    NoAttribute,
     NoSpace,
     NotADirectory,
     NotEmpty,
@@ -37,8 +39,8 @@ from .errors import (
 from .inodes import Caller, Changes, FileHandle, Maybe, Node, Steps
 from .nodes import WHITEOUT_RDEV, Attr, Extent, Xattrs
 from .rootfs import Object, OpenFile, Rootfs
-from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
-from .upper import Scheme, Upper
+from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, groups_of
+from .upper import Birth, Scheme, Upper
 
 __all__ = ["WritableRootfs"]
 
@@ -84,10 +86,10 @@ class WritableRootfs(Rootfs):
     ) -> Maybe[tuple[Node, FileHandle]]:
         directory = _thing(node)
         replaces = self._vacant(directory, name)
-        uid, gid, mode = self._ownership(directory, mode, caller)
+        birth = self._birth(directory, stat.S_IFREG | mode, caller)
         self.begin_use()
         try:
-            fd = self._upper.make_file(self.descriptor(directory), name, mode, uid, gid, replaces)
+            fd = self._upper.make_file(self.descriptor(directory), name, birth, replaces)
         except BaseException:
             self.end_use()
             raise
@@ -99,22 +101,22 @@ class WritableRootfs(Rootfs):
         if stat.S_ISCHR(mode) and rdev == WHITEOUT_RDEV:
             raise NotPermitted("a character device 0:0 would be a whiteout")
         replaces = self._vacant(directory, name)
-        uid, gid, mode = self._ownership(directory, mode, caller)
-        self._upper.make_node(self.descriptor(directory), name, mode, rdev, uid, gid, replaces)
+        birth = self._birth(directory, mode, caller)
+        self._upper.make_node(self.descriptor(directory), name, birth, rdev, replaces)
         return self._made(directory, name)
 
     def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> Node:
         directory = _thing(node)
         replaces = self._vacant(directory, name)
-        uid, gid, mode = self._ownership(directory, stat.S_IFDIR | mode, caller)
-        self._upper.make_directory(self.descriptor(directory), name, mode, uid, gid, replaces)
+        birth = self._birth(directory, stat.S_IFDIR | mode, caller)
+        self._upper.make_directory(self.descriptor(directory), name, birth, replaces)
         return self._made(directory, name)
 
     def symlink(self, node: Node, name: bytes, target: bytes, caller: Caller) -> Node:
         directory = _thing(node)
         replaces = self._vacant(directory, name)
-        uid, gid, _ = self._ownership(directory, stat.S_IFLNK, caller)
-        self._upper.make_symlink(self.descriptor(directory), name, target, uid, gid, replaces)
+        birth = self._birth(directory, stat.S_IFLNK | 0o777, caller)
+        self._upper.make_symlink(self.descriptor(directory), name, target, birth, replaces)
         return self._made(directory, name)
 
     def link(self, node: Node, new_parent: Node, name: bytes) -> Steps[Node]:
@@ -136,12 +138,25 @@ class WritableRootfs(Rootfs):
         self._copy_up_directory(directory)
         return self._upper.find(self.descriptor(directory), name) is not None
 
-    def _ownership(self, directory: Object, mode: int, caller: Caller) -> tuple[int, int, int]:
-        """uid, gid and mode of something new: a set-group-ID directory passes on its group (inode(7))."""
+    def _birth(self, directory: Object, mode: int, caller: Caller) -> Birth:
+        """What something new begins with.
+
+        A set-group-ID directory passes on its group (inode(7)), one with a default ACL that, instead of the
+        umask (acl(5)).
+        """
         parent = self.attr(directory)
-        if not parent.mode & stat.S_ISGID:
-            return caller.uid, caller.gid, mode
-        return caller.uid, parent.gid, mode | stat.S_ISGID if stat.S_ISDIR(mode) else mode
+        gid = caller.gid
+        if parent.mode & stat.S_ISGID:
+            gid = parent.gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        acls: Xattrs = ()
+        if not stat.S_ISLNK(mode):
+            try:
+                mode, acls = acl.inherited(self.xattr(directory, acl.DEFAULT), mode)
+            except NoAttribute:
+                mode &= ~caller.umask
+        return Birth(mode, caller.uid, gid, acls)
 
     def _made(self, directory: Object, name: bytes) -> Object:
         child = self.lookup(directory, name)
@@ -203,10 +218,17 @@ class WritableRootfs(Rootfs):
         if changes.atime_ns is not None or changes.mtime_ns is not None:
             upper.utimens(fd, changes.atime_ns, changes.mtime_ns)
 
-    def set_xattr(self, node: Node, name: bytes, value: bytes) -> Steps[None]:
+    def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> Steps[None]:
         thing = _thing(node)
         yield from self.copy_up(thing)
-        self._upper.set_xattr(self.descriptor(thing), name, value)
+        fd = self.descriptor(thing)
+        if name == acl.ACCESS:
+            attr = self.attr(thing)
+            self._upper.set_access(fd, value)
+            if attr.mode & stat.S_ISGID and not _may_set_group_id(caller, attr.gid):
+                self._upper.chmod(fd, self._upper.attr(fd).mode & ~stat.S_ISGID)
+        else:
+            self._upper.set_xattr(fd, name, value)
 
     def remove_xattr(self, node: Node, name: bytes) -> Steps[None]:
         thing = _thing(node)
@@ -523,6 +545,11 @@ def _copy_content(reader: LayerReader, extents: Sequence[Extent], length: int, f
                 raise NoSpace("no space left for a copy in the container")
     if length:
         os.fsync(fd)
+
+
+def _may_set_group_id(caller: Caller, gid: int) -> bool:
+    """Whether a file of group `gid` keeps its set-group-ID bit when the caller changes its permissions."""
+    return caller.uid == 0 or gid == caller.gid or gid in groups_of(caller.pid)
 
 
 def _thing(node: Node) -> Object:

@@ -37,7 +37,7 @@ __all__ = ["CALLER", "Area", "FakeKernel", "RealTree", "errno_from"]
 
 T = TypeVar("T")
 
-CALLER = Caller(uid=0, gid=0, pid=1, umask=0o022)
+CALLER = Caller(uid=0, gid=0, pid=1, umask=0)
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -448,7 +448,7 @@ class FakeKernel:
 
     def set_xattr(self, path: bytes, name: bytes, value: bytes) -> None:
         dentry = self._user_xattr(path, name)
-        _settle(lambda: self.rootfs.set_xattr(dentry.node, name, value))
+        _settle(lambda: self.rootfs.set_xattr(dentry.node, name, value, CALLER))
 
     def remove_xattr(self, path: bytes, name: bytes) -> None:
         dentry = self._user_xattr(path, name)

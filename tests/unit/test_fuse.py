@@ -33,7 +33,7 @@ class _LockedTree:
 
 
 def _open(tree: _LockedTree) -> Any:
-    filesystem = Filesystem(cast(Tree, tree))
+    filesystem = Filesystem(cast(Tree, tree), enable_acl=True)
     clock = trio.testing.MockClock(autojump_threshold=0)
     return trio.run(filesystem.open, 1, 0, _CONTEXT, clock=clock)
 

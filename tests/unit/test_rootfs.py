@@ -259,7 +259,7 @@ _CHANGES: list[Callable[[Rootfs, Any], object]] = [
     lambda rootfs, at: rootfs.unlink(rootfs.root, b"a"),
     lambda rootfs, at: rootfs.rmdir(rootfs.root, b"d"),
     lambda rootfs, at: rootfs.rename(rootfs.root, b"a", rootfs.root, b"b", 0),
-    lambda rootfs, at: rootfs.set_xattr(at, b"user.k", b"v"),
+    lambda rootfs, at: rootfs.set_xattr(at, b"user.k", b"v", CALLER),
     lambda rootfs, at: rootfs.remove_xattr(at, b"user.k"),
 ]
 

@@ -11,9 +11,16 @@ import pytest
 from rig.requirements import need
 from rig.tars import END, content, header, long_name, member, padded, pax, scan
 
+from fusestore import acl
 from fusestore.errors import LayerRefused
 from fusestore.nodes import Extent, TarEntry
 from fusestore.tar import TarLimits, TarScanner
+
+ACL_TEXT = b"user::rw-,user:12:r--,group::r--,mask::r--,other::---"
+OTHER_ACL, ACL = (
+    acl.inherited(acl.with_mode(acl.from_text(ACL_TEXT) or b"", mode), 0o100666)[1][0][1]
+    for mode in (0o600, 0o640)
+)
 
 # Against tarfile
 
@@ -177,6 +184,14 @@ def only(data: bytes) -> TarEntry:
             "xattrs",
             ((b"a", b""), (b"b", b"2")),
         ),
+        ([(b"SCHILY.acl.access", ACL_TEXT)], "xattrs", ((acl.ACCESS, ACL),)),
+        ([(b"SCHILY.acl.default", ACL_TEXT)], "xattrs", ((acl.DEFAULT, ACL),)),
+        (
+            [(b"SCHILY.xattr." + acl.ACCESS, OTHER_ACL), (b"SCHILY.acl.access", ACL_TEXT)],
+            "xattrs",
+            ((acl.ACCESS, OTHER_ACL),),
+        ),
+        ([(b"SCHILY.acl.access", b"user::r,user:anna:r,group::r,mask::r,other::r")], "xattrs", ()),
         ([(b"comment", b"\0"), (b"atime", b"junk"), (b"VENDOR.x", b"y")], "xattrs", ()),
     ],
 )
@@ -341,6 +356,8 @@ LIES = {
     "xattr with a long name": pax((b"SCHILY.xattr." + b"n" * 256, b"x")) + header(),
     "xattr with NUL in its name": pax((b"LIBARCHIVE.xattr.a%00b", b"")) + header(),
     "xattr with a long value": pax((b"SCHILY.xattr.n", b"x" * 65_537)) + header(),
+    "ACL of unknown form": pax((b"SCHILY.xattr.system.posix_acl_access", b"x")) + header(),
+    "ACL in nonsense": pax((b"SCHILY.acl.default", b"nonsense")) + header(),
     "xattr that is not base64": pax((b"LIBARCHIVE.xattr.n", b"!")) + header(),
     "xattrs over the limit": pax(*((b"SCHILY.xattr.%d" % n, b"x" * 60_000) for n in range(5))) + header(),
 }  # fmt: skip

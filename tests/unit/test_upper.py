@@ -15,12 +15,13 @@ from rig.requirements import need
 from fusestore.errors import NoAttribute, NotPermitted, StoreDamaged
 from fusestore.nodes import Attr
 from fusestore.union import UpperEntry
-from fusestore.upper import Scheme, Upper, find_scheme
+from fusestore.upper import Birth, Scheme, Upper, find_scheme
 
 pytestmark = pytest.mark.root
 
 _NOBODY = Person("nobody", 65534, 65534, "/")
 _NULL = os.makedev(1, 3)
+_LINK = stat.S_IFLNK | 0o777
 _LOWER_FIFO = Attr(stat.S_IFIFO | 0o640, 12, 34, 0, 0, 1, 0, 0, 0, 0)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
@@ -53,10 +54,10 @@ class Place:
             os.close(fd)
 
     def file(self, name: bytes, mode: int = 0o644, uid: int = 0, gid: int = 0) -> None:
-        os.close(self.upper.make_file(self.root, name, mode, uid, gid, replaces=False))
+        os.close(self.upper.make_file(self.root, name, Birth(stat.S_IFREG | mode, uid, gid), replaces=False))
 
     def directory(self, name: bytes) -> int:
-        self.upper.make_directory(self.root, name, 0o755, 0, 0, replaces=False)
+        self.upper.make_directory(self.root, name, Birth(stat.S_IFDIR | 0o755, 0, 0), replaces=False)
         return self.fd(name)
 
 
@@ -147,7 +148,7 @@ def test_renamed_directories_are_found(place: Place) -> None:
     assert place.upper.moved() == []
     for name, redirect in ((b"d", b"/a"), (b"e", b"/b")):
         above = place.directory(name)
-        place.upper.make_directory(above, b"below", 0o755, 0, 0, replaces=False)
+        place.upper.make_directory(above, b"below", Birth(stat.S_IFDIR | 0o755, 0, 0), replaces=False)
         place.upper.set_redirect(above, redirect)
     place.upper.set_redirect(place.upper.open(above, b"below"), b"/c")
     os.close(place.directory(b"f"))
@@ -158,10 +159,10 @@ def test_listing_and_find_agree(place: Place) -> None:
     upper, root = place.upper, place.root
     place.file(b"file")
     os.close(place.directory(b"d"))
-    upper.make_node(root, b"device", stat.S_IFCHR | 0o600, _NULL, 0, 0, replaces=False)
-    upper.make_node(root, b"fifo", stat.S_IFIFO | 0o600, 0, 0, 0, replaces=False)
-    upper.make_node(root, b"socket", stat.S_IFSOCK | 0o600, 0, 0, 0, replaces=False)
-    upper.make_symlink(root, b"link", b"d", 0, 0, replaces=False)
+    upper.make_node(root, b"device", Birth(stat.S_IFCHR | 0o600, 0, 0), _NULL, replaces=False)
+    upper.make_node(root, b"fifo", Birth(stat.S_IFIFO | 0o600, 0, 0), 0, replaces=False)
+    upper.make_node(root, b"socket", Birth(stat.S_IFSOCK | 0o600, 0, 0), 0, replaces=False)
+    upper.make_symlink(root, b"link", b"d", Birth(_LINK, 0, 0), replaces=False)
     upper.put_whiteout(root, b"gone", replaces=False)
     listing = dict(upper.listing(root))
     assert listing == {name: upper.find(root, name) for name in listing}
@@ -188,10 +189,12 @@ def test_a_new_file_has_mode_and_owner(place: Place, mode: int) -> None:
 def test_what_replaces_a_whiteout_takes_its_place(place: Place) -> None:
     upper, root = place.upper, place.root
     makers = {
-        b"file": lambda name: os.close(upper.make_file(root, name, 0o644, 0, 0, replaces=True)),
-        b"d": lambda name: upper.make_directory(root, name, 0o755, 0, 0, replaces=True),
-        b"fifo": lambda name: upper.make_node(root, name, stat.S_IFIFO, 0, 0, 0, replaces=True),
-        b"symlink": lambda name: upper.make_symlink(root, name, b"x", 0, 0, replaces=True),
+        b"file": lambda name: os.close(
+            upper.make_file(root, name, Birth(stat.S_IFREG | 0o644, 0, 0), replaces=True)
+        ),
+        b"d": lambda name: upper.make_directory(root, name, Birth(stat.S_IFDIR | 0o755, 0, 0), replaces=True),
+        b"fifo": lambda name: upper.make_node(root, name, Birth(stat.S_IFIFO, 0, 0), 0, replaces=True),
+        b"symlink": lambda name: upper.make_symlink(root, name, b"x", Birth(_LINK, 0, 0), replaces=True),
         b"link": lambda name: upper.link(place.fd(b"file"), root, name, replaces=True),
     }
     for name, make in makers.items():
@@ -204,7 +207,7 @@ def test_what_replaces_a_whiteout_takes_its_place(place: Place) -> None:
 
 def test_a_directory_in_place_of_a_whiteout_is_opaque(place: Place) -> None:
     place.upper.put_whiteout(place.root, b"d", replaces=False)
-    place.upper.make_directory(place.root, b"d", 0o755, 0, 0, replaces=True)
+    place.upper.make_directory(place.root, b"d", Birth(stat.S_IFDIR | 0o755, 0, 0), replaces=True)
     found = place.upper.find(place.root, b"d")
     assert found is not None and found.entry.is_opaque
 
@@ -213,10 +216,10 @@ def test_nothing_is_made_over_something(place: Place) -> None:
     upper, root = place.upper, place.root
     place.file(b"a")
     for make in (
-        lambda: upper.make_file(root, b"a", 0o644, 0, 0, replaces=False),
-        lambda: upper.make_directory(root, b"a", 0o755, 0, 0, replaces=False),
-        lambda: upper.make_node(root, b"a", stat.S_IFIFO, 0, 0, 0, replaces=False),
-        lambda: upper.make_symlink(root, b"a", b"x", 0, 0, replaces=False),
+        lambda: upper.make_file(root, b"a", Birth(stat.S_IFREG | 0o644, 0, 0), replaces=False),
+        lambda: upper.make_directory(root, b"a", Birth(stat.S_IFDIR | 0o755, 0, 0), replaces=False),
+        lambda: upper.make_node(root, b"a", Birth(stat.S_IFIFO, 0, 0), 0, replaces=False),
+        lambda: upper.make_symlink(root, b"a", b"x", Birth(_LINK, 0, 0), replaces=False),
         lambda: upper.link(place.fd(b"a"), root, b"a", replaces=False),
         lambda: upper.put_whiteout(root, b"a", replaces=False),
     ):
@@ -232,7 +235,7 @@ def test_a_file_that_cannot_be_dressed_is_not_there(place: Place, monkeypatch: p
     monkeypatch.setattr(place.upper, "_dress", refuse)
     for replaces in (False, True):
         with pytest.raises(OSError, match="quota"):
-            place.upper.make_file(place.root, b"a", 0o644, 0, 0, replaces)
+            place.upper.make_file(place.root, b"a", Birth(stat.S_IFREG | 0o644, 0, 0), replaces)
     assert not os.listdir(place.path) and not os.listdir(place.scratch)
 
 
@@ -350,7 +353,7 @@ def test_a_plain_file_keeps_what_its_owner_needs(plain: Place) -> None:
 
 
 def test_a_plain_directory_keeps_what_its_owner_needs(plain: Place) -> None:
-    plain.upper.make_directory(plain.root, b"d", 0o1070, 12, 34, replaces=False)
+    plain.upper.make_directory(plain.root, b"d", Birth(stat.S_IFDIR | 0o1070, 12, 34), replaces=False)
     assert stat.S_IMODE((plain.path / "d").stat().st_mode) == 0o770
     assert os.getxattr(plain.path / "d", b"user.fusestore.stat") == b"41070:12:34:0"
 
@@ -364,14 +367,14 @@ def test_a_plain_file_that_is_what_it_says_has_no_record(plain: Place) -> None:
 
 
 def test_a_plain_device_is_a_record(plain: Place) -> None:
-    plain.upper.make_node(plain.root, b"null", stat.S_IFCHR | 0o666, _NULL, 0, 0, replaces=False)
+    plain.upper.make_node(plain.root, b"null", Birth(stat.S_IFCHR | 0o666, 0, 0), _NULL, replaces=False)
     assert (plain.path / "null").is_file()
     attr = plain.attr(b"null")
     assert (attr.mode, attr.rdev) == (stat.S_IFCHR | 0o666, _NULL)
 
 
 def test_a_plain_device_stays_one_under_chmod_and_chown(plain: Place) -> None:
-    plain.upper.make_node(plain.root, b"null", stat.S_IFBLK | 0o666, _NULL, 0, 0, replaces=False)
+    plain.upper.make_node(plain.root, b"null", Birth(stat.S_IFBLK | 0o666, 0, 0), _NULL, replaces=False)
     fd = plain.fd(b"null")
     plain.upper.chmod(fd, 0o600)
     plain.upper.chown(fd, 3, 4)
@@ -380,8 +383,8 @@ def test_a_plain_device_stays_one_under_chmod_and_chown(plain: Place) -> None:
 
 
 def test_plain_links_keep_the_owner_of_the_process(plain: Place) -> None:
-    plain.upper.make_symlink(plain.root, b"link", b"x", 12, 34, replaces=False)
-    plain.upper.make_node(plain.root, b"fifo", stat.S_IFIFO | 0o644, 0, 12, 34, replaces=False)
+    plain.upper.make_symlink(plain.root, b"link", b"x", Birth(_LINK, 12, 34), replaces=False)
+    plain.upper.make_node(plain.root, b"fifo", Birth(stat.S_IFIFO | 0o644, 12, 34), 0, replaces=False)
     for name in (b"link", b"fifo"):
         assert (plain.attr(name).uid, plain.attr(name).gid) == (0, 0)
         with pytest.raises(NotPermitted):
@@ -390,13 +393,13 @@ def test_plain_links_keep_the_owner_of_the_process(plain: Place) -> None:
 
 
 def test_a_plain_fifo_of_somebody_else_has_its_mode_all_the_same(plain: Place) -> None:
-    plain.upper.make_node(plain.root, b"new", stat.S_IFIFO | 0o640, 0, 12, 34, replaces=False)
+    plain.upper.make_node(plain.root, b"new", Birth(stat.S_IFIFO | 0o640, 12, 34), 0, replaces=False)
     os.close(plain.upper.copy_special(plain.root, b"copy", _LOWER_FIFO, (), None))
     assert [plain.attr(name).mode for name in (b"new", b"copy")] == [stat.S_IFIFO | 0o640] * 2
 
 
 def test_a_plain_fifo_has_its_own_mode(plain: Place) -> None:
-    plain.upper.make_node(plain.root, b"fifo", stat.S_IFIFO | 0o644, 0, 0, 0, replaces=False)
+    plain.upper.make_node(plain.root, b"fifo", Birth(stat.S_IFIFO | 0o644, 0, 0), 0, replaces=False)
     plain.upper.chmod(plain.fd(b"fifo"), 0o600)
     assert plain.attr(b"fifo").mode == stat.S_IFIFO | 0o600
 
@@ -537,11 +540,11 @@ def test_a_copy_that_fails_leaves_nothing(place: Place, format: int) -> None:
 
 def _use_as_plain_user(place: Place) -> list[tuple[int, int, int, int]]:
     upper, root = place.upper, place.root
-    os.close(upper.make_file(root, b"file", 0o4000, 0, 0, replaces=False))
-    upper.make_directory(root, b"d", 0o000, 0, 5, replaces=False)
-    upper.make_node(root, b"null", stat.S_IFCHR | 0o666, _NULL, 0, 0, replaces=False)
-    upper.make_symlink(root, b"symlink", b"x", 0, 0, replaces=False)
-    upper.make_node(root, b"fifo", stat.S_IFIFO | 0o600, 0, 0, 0, replaces=False)
+    os.close(upper.make_file(root, b"file", Birth(stat.S_IFREG | 0o4000, 0, 0), replaces=False))
+    upper.make_directory(root, b"d", Birth(stat.S_IFDIR | 0o000, 0, 5), replaces=False)
+    upper.make_node(root, b"null", Birth(stat.S_IFCHR | 0o666, 0, 0), _NULL, replaces=False)
+    upper.make_symlink(root, b"symlink", b"x", Birth(_LINK, 0, 0), replaces=False)
+    upper.make_node(root, b"fifo", Birth(stat.S_IFIFO | 0o600, 0, 0), 0, replaces=False)
     inside = upper.open(root, b"d")
     upper.link(upper.open(root, b"file"), inside, b"link", replaces=False)
     upper.link(upper.open(root, b"symlink"), inside, b"symlink", replaces=False)
