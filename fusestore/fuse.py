@@ -21,7 +21,7 @@ import trio
 
 from .acl import ACCESS
 from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
-from .inodes import Caller, Changes, FileHandle, Maybe
+from .inodes import ROOT_INODE, Caller, Changes, FileHandle, Maybe
 from .nodes import Inode
 from .tree import Entry, Tree
 
@@ -367,6 +367,7 @@ def _encode(entry: Entry) -> pyfuse3.EntryAttributes:
     node, attr = entry
     encoded = pyfuse3.EntryAttributes()
     encoded.st_ino = pyfuse3.InodeT(node.ino)
+    encoded.generation = 0 if node.ino == ROOT_INODE else node.generation  # the kernel made the root itself
     encoded.entry_timeout = node.entry_timeout_s
     encoded.attr_timeout = node.attr_timeout_s
     encoded.st_mode = pyfuse3.ModeT(attr.mode)

@@ -10,6 +10,8 @@ function to be called in a worker thread and resumes with its result (`Steps`). 
 else runs: a state change never contains a yield. `run` drives them without an event loop.
 """
 
+import itertools
+import secrets
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import GeneratorType
@@ -43,6 +45,9 @@ Maybe = Union[T, Steps[T]]  # noqa: UP007 - mypy takes no bare TypeVar in X | Y
 ROOT_INODE = Inode(1)
 FOREVER_S = 86400.0
 """How long the kernel may keep what only this process changes."""
+
+
+_generations = itertools.count(secrets.randbits(31))
 
 
 def run(result: Maybe[T]) -> T:
@@ -93,7 +98,7 @@ class Closable(Protocol):
 class Node:
     """One object the kernel may know. `lookups` is the kernel's count (fuse.rst: nlookup)."""
 
-    __slots__ = ("__weakref__", "branch", "ino", "lookups")
+    __slots__ = ("__weakref__", "branch", "generation", "ino", "lookups")
 
     entry_timeout_s: ClassVar[float] = FOREVER_S
     """How long the kernel may believe that the name leads here."""
@@ -102,6 +107,9 @@ class Node:
     def __init__(self, branch: "Branch", ino: Inode) -> None:
         self.branch = branch
         self.ino = ino
+        self.generation = next(_generations) & 0xFFFFFFFF
+        """Together with the number what no other node has, of this mount or another: file handles are made
+        of both (name_to_handle_at(2))."""
         self.lookups = 0
 
 
@@ -309,6 +317,7 @@ class Inodes:
         `new` is not known yet. `old` is as if the kernel had forgotten it, but its branch is not told.
         """
         new.ino, new.lookups, old.lookups = old.ino, old.lookups, 0
+        new.generation = old.generation
         if new.lookups:
             self._held[new.ino] = new
 

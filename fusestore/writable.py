@@ -70,16 +70,34 @@ class WritableRootfs(Rootfs):
         only_writes = flags & os.O_ACCMODE == os.O_WRONLY
         upper_flags = os.O_RDWR | truncates | (os.O_NOATIME if only_writes else flags & os.O_NOATIME)
         if thing.in_upper:
-            return self.open_for(thing, upper_flags)
-        return self._open_copied(thing, upper_flags)
+            return self._open_upper(thing, upper_flags, caller)
+        return self._open_copied(thing, upper_flags, caller)
 
-    def _open_copied(self, thing: Object, upper_flags: int) -> Steps[FileHandle]:
+    def _open_copied(self, thing: Object, upper_flags: int, caller: Caller) -> Steps[FileHandle]:
         self.begin_use()
         try:
             yield from self.copy_up(thing, 0 if upper_flags & os.O_TRUNC else None)
-            return self.open_for(thing, upper_flags)
+            return self._open_upper(thing, upper_flags, caller)
         finally:
             self.end_use()
+
+    def _open_upper(self, thing: Object, upper_flags: int, caller: Caller) -> FileHandle:
+        opened = self.open_for(thing, upper_flags)
+        if upper_flags & os.O_TRUNC:
+            # Of all that changes a file's content only this comes without a setattr that says so.
+            self._lose_privileges(thing, caller)
+        return opened
+
+    def _lose_privileges(self, thing: Object, caller: Caller) -> None:
+        """What only root may keep when it changes a file (fs/attr.c, setattr_should_drop_suidgid)."""
+        attr = self.attr(thing)
+        kept = attr.mode
+        if caller.uid != 0:
+            kept &= ~stat.S_ISUID
+            if attr.mode & stat.S_IXGRP or not _may_set_group_id(caller, attr.gid):
+                kept &= ~stat.S_ISGID
+        if kept != attr.mode:
+            self._upper.chmod(self.descriptor(thing), kept)
 
     def create(
         self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
