@@ -3,6 +3,7 @@
 Root's mount enforces them; in a plain user's own mount they are kept, as owners are, and followed by nobody.
 """
 
+import errno
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,3 +213,17 @@ def test_a_plain_users_lists_are_kept(fresh: Mount) -> None:
     fresh.umount()
     fresh.mount()
     assert fresh.sh("getfacl -nc containers/a/rootfs/tmp/f").ok() == shown
+
+
+@as_user
+def test_a_plain_users_umask_is_taken_off_below_a_default_too(mounted: Mount, container: str) -> None:
+    script = (
+        "umask 077; cd containers/$1/rootfs/tmp; mkdir d; setfacl -m d:u:12:rwx d; touch d/f; getfacl -nc d/f"
+    )
+    assert "mask::---" in mounted.sh(script, container).ok()
+
+
+@as_user
+def test_a_plain_users_fifo_has_no_list(mounted: Mount, container: str) -> None:
+    script = "cd containers/$1/rootfs/tmp; mkfifo p; setfacl -m u:12:r p"
+    mounted.sh(script, container).fails_with(errno.EPERM)

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -269,6 +270,8 @@ def test_the_kernel_forgets_in_the_middle(shared: Mount, rootfs: Path) -> None:
 
 # Times
 
+_CLOCK_REALTIME_COARSE = 5  # linux/time.h
+
 
 def _times(path: str) -> tuple[int, int, int]:
     status = os.stat(path)
@@ -310,6 +313,34 @@ def test_reading_changes_atime_as_relatime_does(shared: Mount, rootfs: Path) -> 
     before, after, then, at_last = shared.person.call(_read_own, rootfs)
     assert before[0] < after[0] and before[1:] == after[1:]
     assert after == then == at_last
+
+
+def _wait_for_tick() -> None:
+    """Of the kernel's coarse clock, which files' times are of."""
+    now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+    while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) == now:
+        pass
+
+
+def _write_twice(path: Path) -> None:
+    with open(path, "w") as file:
+        file.write("x")
+        file.flush()
+        _wait_for_tick()
+        file.write("y")
+
+
+def test_times_of_a_written_file_after_a_remount(fresh: Mount) -> None:
+    """ctime cannot be set: on disk it is when the kernel's pages came there, by and by."""
+    path = fresh.containers / "a/rootfs/file"
+    fresh.sh("mkdir containers/a").ok()
+    fresh.person.call(_write_twice, path)
+    before = fresh.person.call(os.stat, path)
+    fresh.umount()
+    fresh.mount()
+    after = fresh.person.call(os.stat, path)
+    assert after.st_mtime_ns == before.st_mtime_ns
+    assert after.st_ctime_ns >= before.st_ctime_ns
 
 
 # xattrs
@@ -389,6 +420,13 @@ def test_what_takes_set_user_id_away(shared: Mount, rootfs: Path, what: str, mod
     """
     found, expected = (shared.person.run("bash", "-c", script, at).ok() for at in (rootfs, shared.base))
     assert found == expected
+
+
+@as_root
+def test_set_group_id_without_execute_stays(shared: Mount, rootfs: Path) -> None:
+    """It stands for mandatory locks, which Linux no longer has; FUSE's kernel keeps it (fs/fuse/dir.c)."""
+    script = f"umask 0; cd $1; echo abc > f; chmod 2767 f; {_AS_OTHER} sh -c 'echo x >> f'; stat -c %a f"
+    assert shared.sh(script, rootfs).ok() == "2767\n"
 
 
 @as_root
