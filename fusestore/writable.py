@@ -106,12 +106,15 @@ class WritableRootfs(Rootfs):
         replaces = self._vacant(directory, name)
         birth = self._birth(directory, stat.S_IFREG | mode, caller)
         self.begin_use()
+        fd = -1
         try:
             fd = self._upper.make_file(self.descriptor(directory), name, birth, replaces)
+            child = self._made(directory, name)
         except BaseException:
+            if fd >= 0:
+                os.close(fd)
             self.end_use()
             raise
-        child = self._made(directory, name)
         return child, OpenFile(self, child, fd)
 
     def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:

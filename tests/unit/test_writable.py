@@ -678,3 +678,16 @@ def test_fsync_of_what_only_a_layer_has_does_nothing(kernel: FakeKernel, synced:
     assert kernel._handles[1].fsync(False) is None
     run(kernel.rootfs.fsync_dir(kernel.node(b"d")))
     assert not synced
+
+
+def test_create_that_fails_at_its_end_holds_nothing(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kernel.rootfs), "_made", full)
+        assert errno_from(kernel.create, b"new", 0o644, b"") == errno.EMFILE
+    assert (len(os.listdir("/proc/self/fd")), kernel.rootfs.in_use) == (before, False)
