@@ -288,7 +288,7 @@ class ContainerDir(Node):
             elif self._rundir is not None:
                 part = driver.directory(self._rundir, self)
             else:
-                raise errors.NotFound("rundir is not there yet")
+                raise errors.StoreError("rundir could not be made")
             self._parts[name] = part
         return part
 

@@ -9,6 +9,7 @@ Nothing but directories can be made in /containers, nothing but plain files next
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from .names import parse_container_id
 from .nodes import Attr, Inode
 from .scratchfile import ScratchFile, ScratchHandle
 from .store import Store
-from .synthetic import MANY_LINKS, SHARED_S, FixedBranch, Owner, RootfsDriver
+from .synthetic import MANY_LINKS, SHARED_S, FixedBranch, Owner, RootfsDriver, Unreadable
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ContainerTree"]
@@ -193,7 +194,8 @@ class ContainerTree(FixedBranch):
 
     def _list_container(self, container: ContainerDir) -> Steps[list[tuple[bytes, Any]]]:
         if not container.is_removing:
-            yield from container.make_rundir()
+            with contextlib.suppress(OSError):
+                yield from container.make_rundir()
         return [(name, None) for name in container.names()]
 
     def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
@@ -205,6 +207,9 @@ class ContainerTree(FixedBranch):
             return self._listed_container(name.decode())
         except (errors.NotFound, errors.Stale):
             return None
+        except (errors.FusestoreError, OSError):
+            is_file = name == DOCUMENT
+            return Unreadable(self._inodes.number(), stat.S_IFREG if is_file else stat.S_IFDIR)
 
     def _listed_in(self, container: ContainerDir, name: bytes) -> Node | None:
         if name == DOCUMENT:

@@ -146,7 +146,7 @@ class Filesystem(pyfuse3.Operations):
 
     @_bounded
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return _encode(self.tree.getattr(inode))
+        return _encode(await self._finish(self.tree.getattr(inode)))
 
     @_bounded
     async def setattr(
@@ -364,12 +364,12 @@ def _decode_changes(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields
 
 
 def _encode(entry: Entry) -> pyfuse3.EntryAttributes:
-    node, attr = entry
+    node, attr, is_guess = entry
     encoded = pyfuse3.EntryAttributes()
     encoded.st_ino = pyfuse3.InodeT(node.ino)
     encoded.generation = 0 if node.ino == ROOT_INODE else node.generation  # the kernel made the root itself
     encoded.entry_timeout = node.entry_timeout_s
-    encoded.attr_timeout = node.attr_timeout_s
+    encoded.attr_timeout = 0.0 if is_guess else node.attr_timeout_s
     encoded.st_mode = pyfuse3.ModeT(attr.mode)
     encoded.st_nlink = attr.nlink
     encoded.st_uid = attr.uid

@@ -9,8 +9,10 @@ The rule a maintainer must not break: what needs the layers opened (sizes of tar
 """
 
 import calendar
+import contextlib
 import os
 import re
+import stat
 import time
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,7 +22,7 @@ from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Steps
 from .names import is_hex_id, parse_image_name
 from .nodes import Attr, Inode
 from .store import Image, Layer, Store
-from .synthetic import MANY_LINKS, SHARED_S, BytesHandle, Owner, RootfsBranch, RootfsDriver
+from .synthetic import MANY_LINKS, SHARED_S, BytesHandle, Owner, RootfsBranch, RootfsDriver, Unreadable
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ImageTree"]
@@ -367,17 +369,24 @@ class ImageTree(Branch):
         return [(name.encode(), None) for name in (*sorted(shown), *sorted(below))]
 
     def _list_layer(self, layer: _LayerDir) -> Steps[list[tuple[bytes, Any]]]:
-        yield from self._open_layers(layer.image)
+        with contextlib.suppress(errors.StoreDamaged, OSError):
+            yield from self._open_layers(layer.image)
         return [(name, None) for name in _LAYER_NAMES]
 
     def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
         try:
             found = self.lookup(node, name)
-        except (errors.NotFound, errors.StoreDamaged):
-            # What is damaged does not keep the rest from being listed; looking it up says what is wrong.
+        except (errors.NotFound, errors.Stale):
             return None
-        # The layers were opened for the listing: no lookup needs steps.
-        return found if isinstance(found, Node) else None
+        except (errors.FusestoreError, OSError):
+            return self._unreadable(node)
+        # Where a lookup needs steps the layers could not be opened for the listing.
+        return found if isinstance(found, Node) else self._unreadable(node)
+
+    def _unreadable(self, directory: Node) -> Node:
+        """What in `directory` cannot be looked up: files, but for the images themselves."""
+        is_image = isinstance(directory, _NameDir)
+        return Unreadable(self._inodes.number(), stat.S_IFDIR if is_image else stat.S_IFREG)
 
     # What is there
 

@@ -12,6 +12,7 @@ else runs: a state change never contains a yield. `run` drives them without an e
 
 import itertools
 import secrets
+import stat
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import GeneratorType
@@ -103,6 +104,8 @@ class Node:
     entry_timeout_s: ClassVar[float] = FOREVER_S
     """How long the kernel may believe that the name leads here."""
     attr_timeout_s: ClassVar[float] = FOREVER_S
+    format: int = stat.S_IFDIR
+    """S_IFMT bits: what it is listed as when its attributes cannot be had."""
 
     def __init__(self, branch: "Branch", ino: Inode) -> None:
         self.branch = branch
@@ -179,7 +182,11 @@ class Branch:
     # What is there
 
     def attr(self, node: Node) -> Attr:
-        """Attributes; answered without waiting, also while the branch is not ready."""
+        """Attributes, without waiting. Of a branch that is not ready `peek` says them."""
+        raise NotImplementedError
+
+    def peek(self, node: Node) -> Steps[Attr]:
+        """Attributes while the branch is not ready; makes it so only where it must."""
         raise NotImplementedError
 
     def lookup(self, node: Node, name: bytes) -> Maybe[Node]:
@@ -191,7 +198,7 @@ class Branch:
         raise NotImplementedError
 
     def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
-        """The node of an entry of `listing`; None when it has gone since."""
+        """The node of an entry of `listing`, also of a damaged one; None when it has gone since."""
         raise NotImplementedError
 
     def parent(self, node: Node) -> Node:

@@ -18,7 +18,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakValueDictionary
 
 from .blobs import LayerReader
@@ -192,7 +192,7 @@ class Opener(Protocol):
         """Blocking, in a worker thread."""
 
     def peek(self) -> Attr | None:
-        """Attributes of a root that nobody has entered yet; quick. None: opening it changes nothing."""
+        """Attributes of a root that nobody has entered yet. Blocking. None: opening it changes nothing."""
 
     def hold(self) -> Closable:
         """Keep the container from being deleted while something is open in it. Quick. Raises Locked."""
@@ -499,24 +499,27 @@ class Rootfs(Branch):
 
     def attr(self, node: Node) -> Attr:
         thing = _object(node)
-        if self._opened is None:
-            if self._is_detached:
-                raise Stale("the container is gone")
-            peeked = self._opener.peek() if thing is self.root else None
-            if peeked is not None:
-                return peeked
-            self.open_now()
-        assert self._opened is not None
-        if thing.in_upper and self._opened.upper is not None:
-            attr = self._opened.upper.attr(self.descriptor(thing))
+        opened = self.opened
+        if thing.in_upper and opened.upper is not None:
+            attr = opened.upper.attr(self.descriptor(thing))
             is_merged = bool(thing.stack) and thing.format == stat.S_IFDIR
             return replace(attr, nlink=2 + self._count_subdirectories(thing)) if is_merged else attr
-        attr = self._opened.lower.attr(thing.stack)
+        attr = opened.lower.attr(thing.stack)
         if thing.is_orphan:
             return replace(attr, nlink=0)
-        if attr.nlink > 1 and thing.format != stat.S_IFDIR and self._opened.upper is not None:
+        if attr.nlink > 1 and thing.format != stat.S_IFDIR and opened.upper is not None:
             return replace(attr, nlink=max(1, self._count_links(thing)))
         return attr
+
+    def peek(self, node: Node) -> Steps[Attr]:
+        if self._is_detached:
+            raise Stale("the container is gone")
+        peeked = (yield self._opener.peek) if node is self.root else None
+        # What was seen may have changed, if others came in meanwhile.
+        if peeked is not None and not self.ready:
+            return cast(Attr, peeked)
+        yield from self.prepare()
+        return self.attr(node)
 
     def _count_links(self, thing: Object) -> int:
         if thing.links < 0:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 from . import errors
 from .inodes import Branch, Caller, Changes, FileHandle, Maybe, Node
-from .nodes import Attr
+from .nodes import Attr, Inode
 
 __all__ = [
     "BLOCK_SIZE",
@@ -23,6 +23,7 @@ __all__ = [
     "Owner",
     "RootfsBranch",
     "RootfsDriver",
+    "Unreadable",
 ]
 
 BLOCK_SIZE = 512
@@ -98,6 +99,31 @@ class RootfsDriver(Protocol):
     def layer_rootfs(self, image: Any, number: int, parent: Node) -> RootfsBranch:
         """Layer `number` (0 is the bottom) of `image` alone."""
         ...
+
+
+class _UnreadableBranch(Branch):
+    def attr(self, node: Node) -> Attr:
+        raise errors.StoreDamaged("looking up the name says what is wrong")
+
+
+_UNREADABLE = _UnreadableBranch()
+
+
+class Unreadable(Node):
+    """What stands in a listing for what is damaged or cannot be read now: its neighbours are listed with it.
+
+    The kernel asks for its name again before anything is done with it.
+    """
+
+    __slots__ = ("format",)
+
+    entry_timeout_s = 0.0
+    attr_timeout_s = 0.0
+
+    def __init__(self, ino: Inode, format: int) -> None:
+        """`format`: S_IFMT bits."""
+        super().__init__(_UNREADABLE, ino)
+        self.format = format
 
 
 class BytesHandle(FileHandle):

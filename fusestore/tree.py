@@ -33,6 +33,7 @@ from .inodes import (
     Maybe,
     Node,
     Steps,
+    run,
 )
 from .mounts import Changed
 from .names import FILE_NAME_MAX
@@ -51,6 +52,8 @@ class Entry(NamedTuple):
 
     node: Node
     attr: Attr
+    is_guess: bool = False
+    """`attr` could not be had: the kernel must not believe it at all."""
 
 
 class Tree:
@@ -87,11 +90,10 @@ class Tree:
         if not branch.ready:
             return _prepared(branch, self.lookup, parent_ino, name)
         if name == b".":
-            return self._entry(node)
+            return self._entered(node)
         if name == b"..":
-            return self._entry(branch.parent(node))
-        found = branch.lookup(node, name)
-        return self._entry(found) if isinstance(found, Node) else self._entered(found)
+            return self._entered(branch.parent(node))
+        return self._entered(branch.lookup(node, name))
 
     def absence_timeout_s(self, parent_ino: int) -> float:
         """How long the kernel may believe that a name `lookup` did not find is missing there."""
@@ -120,9 +122,8 @@ class Tree:
 
     # Attributes
 
-    def getattr(self, ino: int) -> Entry:
-        node = self.inodes.node(ino)
-        return Entry(node, node.branch.attr(node))
+    def getattr(self, ino: int) -> Maybe[Entry]:
+        return self._shown(self.inodes.node(ino))
 
     def setattr(self, ino: int, changes: Changes, fh: int | None, caller: Caller) -> Maybe[Entry]:
         """A size goes to the handle, where the kernel names one: it may change what the mode forbids."""
@@ -133,7 +134,7 @@ class Tree:
         if fh is not None and changes.size is not None:
             return self._truncated(node, changes, self.handles.file(fh), caller)
         done = branch.setattr(node, changes, caller)
-        return Entry(node, branch.attr(node)) if done is None else self._changed(node, done)
+        return self._shown(node) if done is None else self._changed(node, done)
 
     def getxattr(self, ino: int, name: bytes) -> Maybe[bytes]:
         node = self.inodes.node(ino)
@@ -284,8 +285,7 @@ class Tree:
             if not isinstance(listing, list):
                 return self._listed(handle, listing, start, emit)
             handle.listing = listing
-        self._emit(handle, handle.listing, start, emit)
-        return None
+        return self._emit(handle, handle.listing, start, emit)
 
     def fsyncdir(self, fh: int) -> Maybe[None]:
         node = self.handles.directory(fh).node
@@ -302,29 +302,38 @@ class Tree:
             raise errors.NameTooLong(f"a name has at most {FILE_NAME_MAX} bytes")
         return self.inodes.node(parent_ino)
 
-    def _entry(self, node: Node) -> Entry:
+    def _shown(self, node: Node) -> Maybe[Entry]:
+        if node.branch.ready:
+            return Entry(node, node.branch.attr(node))
+        return self._peeked(node)
+
+    def _peeked(self, node: Node) -> Steps[Entry]:
+        return Entry(node, (yield from node.branch.peek(node)))
+
+    def _entered(self, found: Maybe[Node]) -> Maybe[Entry]:
+        if not isinstance(found, Node) or not found.branch.ready:
+            return self._entered_later(found)
         # Attributes first: what raises is not counted.
-        entry = Entry(node, node.branch.attr(node))
+        entry = Entry(found, found.branch.attr(found))
+        self.inodes.remember(found)
+        return entry
+
+    def _entered_later(self, found: Maybe[Node]) -> Steps[Entry]:
+        node = yield from _steps(found)
+        entry = yield from _steps(self._shown(node))
         self.inodes.remember(node)
         return entry
 
-    def _entered(self, found: Maybe[Node]) -> Maybe[Entry]:
-        return self._entry(found) if isinstance(found, Node) else self._entered_later(found)
-
-    def _entered_later(self, steps: Steps[Node]) -> Steps[Entry]:
-        node = yield from steps
-        return self._entry(node)
-
     def _changed(self, node: Node, steps: Steps[None]) -> Steps[Entry]:
         yield from steps
-        return Entry(node, node.branch.attr(node))
+        return (yield from _steps(self._shown(node)))
 
     def _truncated(self, node: Node, changes: Changes, handle: FileHandle, caller: Caller) -> Steps[Entry]:
         yield from _steps(handle.truncate(cast(int, changes.size)))
         rest = replace(changes, size=None)
         if rest != Changes():
             yield from _steps(node.branch.setattr(node, rest, caller))
-        return Entry(node, node.branch.attr(node))
+        return (yield from _steps(self._shown(node)))
 
     def _xattr_names(self, steps: Steps[Any]) -> Steps[list[bytes]]:
         xattrs = yield from steps
@@ -335,7 +344,12 @@ class Tree:
         return self.handles.add(handle), handle
 
     def _created_now(self, node: Node, handle: FileHandle) -> tuple[int, FileHandle, Entry]:
-        entry = self._entry(node)
+        try:
+            entry = Entry(node, node.branch.attr(node))
+        except BaseException:
+            run(handle.close())
+            raise
+        self.inodes.remember(node)
         return self.handles.add(handle), handle, entry
 
     def _created(self, steps: Steps[tuple[Node, FileHandle]]) -> Steps[tuple[int, FileHandle, Entry]]:
@@ -354,7 +368,7 @@ class Tree:
         emit: Callable[[bytes, Entry, int], bool],
     ) -> Steps[None]:
         handle.listing = yield from steps
-        self._emit(handle, handle.listing, start, emit)
+        yield from _steps(self._emit(handle, handle.listing, start, emit))
 
     def _emit(
         self,
@@ -362,27 +376,66 @@ class Tree:
         listing: list[tuple[bytes, Any]],
         start: int,
         emit: Callable[[bytes, Entry, int], bool],
-    ) -> None:
+    ) -> Maybe[None]:
         node = handle.node
         branch = node.branch
         for position, name in enumerate((b".", b"..")):
             if start <= position:
                 shown = branch.parent(node) if position else node
                 if not emit(name, Entry(shown, shown.branch.attr(shown)), position + 1):
-                    return
+                    return None
         listed, remember = branch.listed, self.inodes.remember
         for index in range(max(start - 2, 0), len(listing)):
             name, token = listing[index]
             child = listed(node, name, token)
             if child is None:
                 continue
+            if child.branch is not branch and not child.branch.ready:
+                return self._emit_peeked(handle, listing, index, child, emit)
             try:
                 entry = Entry(child, child.branch.attr(child))
-            except (errors.NotFound, errors.Stale):
+            except _GONE:
                 continue
+            except (errors.FusestoreError, OSError):
+                entry = _guess(child)
             if not emit(name, entry, index + 3):
-                return
+                return None
             remember(child)
+        return None
+
+    def _emit_peeked(
+        self,
+        handle: DirHandle,
+        listing: list[tuple[bytes, Any]],
+        index: int,
+        child: Node,
+        emit: Callable[[bytes, Entry, int], bool],
+    ) -> Steps[None]:
+        """The rest of `_emit`, from `index` on: that is `child`, whose branch is not ready."""
+        entry: Entry | None = None
+        try:
+            entry = yield from self._peeked(child)
+        except _GONE:
+            pass
+        except (errors.FusestoreError, OSError):
+            entry = _guess(child)
+        if entry is not None:
+            if not emit(listing[index][0], entry, index + 3):
+                return
+            self.inodes.remember(child)
+        yield from _steps(self._emit(handle, listing, index + 3, emit))
+
+
+_GONE = (errors.NotFound, errors.Stale, FileNotFoundError)
+"""What an entry of a listing raises that has gone since it was taken."""
+
+
+def _guess(node: Node) -> Entry:
+    """How what is damaged is listed."""
+    attr = Attr(
+        mode=node.format, uid=0, gid=0, size=0, rdev=0, nlink=1, blocks=0, atime_ns=0, mtime_ns=0, ctime_ns=0
+    )
+    return Entry(node, attr, is_guess=True)
 
 
 def _prepared(branch: Branch, operation: Callable[..., Maybe[T]], *arguments: Any) -> Steps[T]:

@@ -88,3 +88,21 @@ def test_a_container_whose_document_is_damaged_is_eio(fresh: Mount) -> None:
     fresh.expect("containers/a")
     assert fresh.sh("jq -r .id containers/b/metadata.json").ok() == "b\n"
     assert fresh.fusestore("check").code == 1
+
+
+def test_what_is_damaged_is_listed_with_its_neighbours(unmounted: Mount) -> None:
+    """The layer's blob is gone and so is all that was derived from it; `ls` has readdirplus in the kernel."""
+    unmounted.fusestore("create", "busybox", "a").ok()
+    blob = _layer_blob(unmounted)
+    blob.unlink()
+    for directory in (unmounted.store / "layers").iterdir():
+        shutil.rmtree(directory)
+    unmounted.mount()
+    assert unmounted.sh("ls containers/a").ok() == "metadata.json\nrootfs\nrundir\nworkdir\n"
+    assert unmounted.sh("cd images/busybox && echo * && cd layers/0 && echo *").ok() == (
+        "config.json layers manifest.json metadata.json rootfs\nblob rootfs tar\n"
+    )
+    assert json.loads(unmounted.sh("cat containers/a/metadata.json").ok())["id"] == "a"
+    unmounted.sh("ls containers/a/rootfs").fails_with(errno.EIO)
+    _log_names(unmounted, blob)
+    unmounted.sh("rm -r containers/a && mkdir containers/a").ok()

@@ -61,6 +61,10 @@ class FakeRootfs(Branch):
         mode = stat.S_IFDIR | 0o755 if node is self.root else stat.S_IFREG | 0o644
         return Attr(mode, 0, 0, len(self.content), 0, 2, 0, 0, 0, 0)
 
+    def peek(self, node: Node) -> Steps[Attr]:
+        yield lambda: None
+        return self.attr(node)
+
     def lookup(self, node: Node, name: bytes) -> Node:
         if name != b"inside":
             raise NotFound("no such file")
@@ -151,7 +155,7 @@ class TreeShell:
 
     def stat(self, path: str) -> Attr:
         with self.walk(path) as entry:
-            return self.tree.getattr(entry.node.ino).attr
+            return run(self.tree.getattr(entry.node.ino)).attr
 
     def ino(self, path: str) -> int:
         with self.walk(path) as entry:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,9 +159,26 @@ def test_blob_cut_short_is_an_io_error(shell: TreeShell, store: Store, app: str)
         shell.read(f"images/{app}/layers/0/blob")
 
 
-def test_damaged_config_does_not_hide_the_rest(shell: TreeShell, store: Store, app: str) -> None:
-    Path(store.blob_path(store.image(app).config)).write_bytes(b"rubbish")
-    assert shell.ls(f"images/{app}") == ["manifest.json", "metadata.json", "rootfs", "layers"]
+@pytest.mark.parametrize("damaged", ["manifest.json", "config.json"])
+def test_damaged_document_is_listed_with_the_rest(
+    shell: TreeShell, store: Store, app: str, damaged: str
+) -> None:
+    image = store.image(app)
+    digest = image.manifest if damaged == "manifest.json" else image.config
+    Path(store.blob_path(digest)).write_bytes(b"rubbish")
+    assert shell.ls(f"images/{app}") == ["manifest.json", "config.json", "metadata.json", "rootfs", "layers"]
+    with pytest.raises(errors.StoreDamaged):
+        shell.read(f"images/{app}/{damaged}")
+
+
+def test_layer_that_cannot_be_opened_is_listed_whole(shell: TreeShell, store: Store, app: str) -> None:
+    for layer in Path(store.path, "layers").iterdir():
+        shutil.rmtree(layer)
+    Path(store.blob_path(store.image(app).layers[1].blob)).unlink()
+    for number in range(2):
+        assert shell.ls(f"images/{app}/layers/{number}") == ["rootfs", "blob", "tar"]
+    with pytest.raises(errors.StoreDamaged):
+        shell.stat(f"images/{app}/layers/1/tar")
 
 
 # What others do in the same store

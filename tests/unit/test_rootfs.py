@@ -395,3 +395,44 @@ def test_a_missing_object_in_the_upper_is_an_error_and_not_a_crash(area: Area) -
         kernel.rootfs.attr(thing)
     assert caught.value.errno == errno.ENOENT
     kernel.detach()
+
+
+def test_attributes_of_an_unopened_tree_are_read_in_a_step() -> None:
+    class Counting(_Images):
+        reads = 0
+
+        def open(self) -> Opened:
+            self.reads += 1
+            return super().open()
+
+        def peek(self) -> Attr | None:
+            self.reads += 1
+            return None
+
+    opener = Counting(layer(directory(b"d")))
+    rootfs = Rootfs(Inodes(), Descriptors(100), 0, Node(Branch(), Inode(1)), opener)
+    steps: Any = rootfs.peek(rootfs.root)
+    call = next(steps)
+    assert opener.reads == 0
+    call = steps.send(call())
+    assert opener.reads == 1
+    with pytest.raises(StopIteration) as caught:
+        steps.send(call())
+    assert (opener.reads, caught.value.value.mode) == (2, rootfs.attr(rootfs.root).mode)
+
+
+def test_peeked_attributes_give_way_to_those_of_a_tree_that_was_opened_meanwhile() -> None:
+    class Guessing(_Images):
+        def peek(self) -> Attr | None:
+            return Attr(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    rootfs = Rootfs(Inodes(), Descriptors(100), 0, Node(Branch(), Inode(1)), Guessing(layer(directory(b"d"))))
+    steps: Any = rootfs.peek(rootfs.root)
+    peeked = next(steps)()
+    run(rootfs.prepare())
+    try:
+        call = steps.send(peeked)
+        while True:
+            call = steps.send(call())
+    except StopIteration as stop:
+        assert stop.value == rootfs.attr(rootfs.root)

@@ -2,16 +2,19 @@
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
 import pytest
-from rig.treeshell import CALLER, TreeShell
+from rig.treeshell import CALLER, FakeRootfs, TreeShell
 
 from fusestore import errors
-from fusestore.inodes import ROOT_INODE, Changes, run
+from fusestore.inodes import ROOT_INODE, Changes, Node, run
+from fusestore.nodes import Attr
+from fusestore.scratchfile import ScratchFile, ScratchHandle
 from fusestore.store import Store
 from fusestore.tree import Tree
 
@@ -82,10 +85,10 @@ def test_lookup_counts_and_forget_takes_back(tree: Tree) -> None:
         entry = run(tree.lookup(containers, b"c"))
     assert (entry.node.lookups, len(tree.inodes)) == (3, known + 1)
     tree.forget([(entry.node.ino, 2)])
-    assert tree.getattr(entry.node.ino).node is entry.node
+    assert run(tree.getattr(entry.node.ino)).node is entry.node
     tree.forget([(entry.node.ino, 1)])
     with pytest.raises(errors.Stale):
-        tree.getattr(entry.node.ino)
+        run(tree.getattr(entry.node.ino))
 
 
 @pytest.mark.parametrize("name", [b".", b".."])
@@ -109,7 +112,7 @@ def test_the_two_directories_stay_when_they_are_forgotten(shell: TreeShell) -> N
 
 def test_getattr_and_setattr_count_nothing(shell: TreeShell) -> None:
     with shell.walk("containers/c/metadata.json") as entry:
-        shell.tree.getattr(entry.node.ino)
+        run(shell.tree.getattr(entry.node.ino))
         run(shell.tree.setattr(entry.node.ino, Changes(mode=0o600), None, CALLER))
         assert entry.node.lookups == 1
 
@@ -120,6 +123,24 @@ def test_create_counts(shell: TreeShell) -> None:
     assert (made.node.lookups, len(shell.tree.handles)) == (1, 1)
     run(shell.tree.release(fh))
     assert len(shell.tree.handles) == 0
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), KeyboardInterrupt()])
+def test_create_that_fails_at_its_end_holds_nothing(
+    shell: TreeShell, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[ScratchHandle] = []
+    monkeypatch.setattr(ScratchHandle, "close", lambda handle: closed.append(handle))
+
+    def fail(self: ScratchFile) -> Attr:
+        raise error
+
+    with shell.walk("containers/c") as entry, monkeypatch.context() as patch:
+        patch.setattr(ScratchFile, "attr", property(fail))
+        known = len(shell.tree.inodes)
+        with pytest.raises(type(error)):
+            run(shell.tree.create(entry.node.ino, b"tmp", 0o644, os.O_RDWR, CALLER))
+        assert (len(closed), len(shell.tree.handles), len(shell.tree.inodes)) == (1, 0, known)
 
 
 # Names and branches
@@ -169,6 +190,36 @@ def test_nothing_waits_once_it_is_open(shell: TreeShell) -> None:
         assert isinstance(opened, tuple)
         assert tree.read(opened[0], 0, 4) == b"cont"
         assert tree.release(opened[0]) is None
+
+
+@pytest.mark.parametrize("path", ["containers/c/rootfs", "containers/c/rundir"])
+def test_attributes_of_what_is_not_open_are_waited_for(shell: TreeShell, path: str) -> None:
+    with shell.walk(path) as entry:
+        assert isinstance(shell.tree.getattr(entry.node.ino), GeneratorType)
+        parent, name = path.rsplit("/", 1)
+        assert isinstance(shell.tree.lookup(shell.ino(parent), name.encode()), GeneratorType)
+        shell.ls(path)
+        assert not isinstance(shell.tree.getattr(entry.node.ino), GeneratorType)
+
+
+def test_listing_waits_for_the_attributes_of_what_is_not_open(shell: TreeShell) -> None:
+    with shell.walk("containers/c") as entry:
+        fh = run(shell.tree.opendir(entry.node.ino, CALLER))
+        shell.readdir(fh)
+        taken: list[bytes] = []
+
+        def take(name: bytes, *_: object) -> bool:
+            taken.append(name)
+            return True
+
+        steps: Any = shell.tree.readdir(fh, 2, take)
+        waits = [next(steps)]
+        assert taken == [b"metadata.json"]
+        with pytest.raises(StopIteration):
+            while True:
+                waits.append(steps.send(waits[-1]()))
+        assert (len(waits), taken) == (3, [b"metadata.json", b"rootfs", b"workdir", b"rundir"])
+        shell.tree.releasedir(fh)
 
 
 def test_getattr_does_not_open_a_rootfs(shell: TreeShell) -> None:
@@ -267,3 +318,55 @@ def test_rootfs_in_use_is_told_of_directory_handles(shell: TreeShell) -> None:
             shell.rmdir("containers/c")
         shell.tree.releasedir(fh)
     shell.rmdir("containers/c")
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    "error", [errors.StoreDamaged("a layer"), OSError(errno.EMFILE, "too many"), errors.Busy("locked")]
+)
+@pytest.mark.parametrize("is_open", [False, True])
+def test_what_is_damaged_is_listed_with_its_neighbours(
+    shell: TreeShell, error: Exception, is_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: FakeRootfs, node: Node) -> Attr:
+        raise error
+
+    with shell.walk("containers/c"):
+        if is_open:
+            shell.ls("containers/c/rootfs")
+        monkeypatch.setattr(FakeRootfs, "attr", fail)
+        with shell.walk("containers/c") as entry:
+            fh = run(shell.tree.opendir(entry.node.ino, CALLER))
+            found = {name: shown for name, shown, _ in shell.readdir(fh)}
+            shell.tree.releasedir(fh)
+        assert set(found) == {b".", b"..", b"metadata.json", b"rootfs", b"workdir", b"rundir"}
+        assert (found[b"rootfs"].is_guess, found[b"rootfs"].attr.mode) == (True, stat.S_IFDIR)
+        assert not found[b"metadata.json"].is_guess
+        with pytest.raises(type(error)):
+            shell.stat("containers/c/rootfs")
+
+
+def test_rundir_that_cannot_be_made_is_listed(
+    shell: TreeShell, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: str) -> Path:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(store, "run_dir", full)
+    assert shell.ls("containers/c") == ["metadata.json", "rootfs", "workdir", "rundir"]
+    with pytest.raises(OSError, match="no space"):
+        shell.stat("containers/c/rundir")
+
+
+def test_document_that_cannot_be_read_is_listed(
+    shell: TreeShell, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> bytes:
+        raise OSError(errno.EIO, "bad disk")
+
+    monkeypatch.setattr(store, "document", fail)
+    assert shell.ls("containers/c") == ["metadata.json", "rootfs", "workdir", "rundir"]
+    with pytest.raises(OSError, match="bad disk"):
+        shell.stat("containers/c/metadata.json")
