@@ -41,6 +41,8 @@ _PATIENCE_MS = 1
 """How long to block the loop for the next request while no other task could do anything."""
 _HEARING_S = 5.0
 _BELL_PAUSE_S = 0.1
+_RINGING_PAUSE_S = 0.005
+"""How long the kernel has to forget, at least, while this mount itself waits at another's bell."""
 _GRACE_S = 10.0
 _WRITE_BACK_S = 10.0
 
@@ -260,10 +262,12 @@ async def _answer_bell(record: MountRecord, store: Store, tree: Tree) -> None:
                 _log.warning("the bell: %s", error)
                 await trio.sleep(_BELL_PAUSE_S)
             else:
-                nursery.start_soon(_hear, connection, store, tree)
+                nursery.start_soon(_hear, connection, record, store, tree, nursery)
 
 
-async def _hear(connection: trio.socket.SocketType, store: Store, tree: Tree) -> None:
+async def _hear(
+    connection: trio.socket.SocketType, record: MountRecord, store: Store, tree: Tree, nursery: trio.Nursery
+) -> None:
     with connection, trio.move_on_after(_HEARING_S):
         try:
             changed = Changed.decode(await connection.recv(BELL_MAX))
@@ -271,10 +275,25 @@ async def _hear(connection: trio.socket.SocketType, store: Store, tree: Tree) ->
                 await trio.to_thread.run_sync(store.reopen_layers)
             place = tree.heard(changed)
             if place is not None:
-                await trio.to_thread.run_sync(_invalidate, *place)
+                forgotten = trio.Event()
+                nursery.start_soon(_forget, place, forgotten)
+                while not forgotten.is_set():
+                    with trio.move_on_after(_RINGING_PAUSE_S):
+                        await forgotten.wait()
+                    if record.is_ringing:
+                        break
             await connection.send(b"!")
         except (OSError, ValueError) as error:
             _log.warning("not understood at the bell: %s", error)
+
+
+async def _forget(place: tuple[int, bytes], forgotten: trio.Event) -> None:
+    try:
+        await trio.to_thread.run_sync(_invalidate, *place)
+    except OSError as error:
+        _log.warning("the kernel did not forget %r: %s", place[1], error)
+    finally:
+        forgotten.set()
 
 
 def _invalidate(directory: int, name: bytes) -> None:

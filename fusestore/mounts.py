@@ -7,6 +7,9 @@ lives, locked.
 Beside it is a socket, the mount's bell. Kernels keep what a mount told them of a container or an image until
 they are told otherwise; so whoever changes one in the store rings, names it, and waits until every mount has
 its kernel forget. A mount that does not answer is left alone after `_PATIENCE_S`.
+
+The rule a maintainer must not break: a mount that waits at a bell answers its own, whatever its kernel does.
+A request that rings keeps locks in the kernel until it is answered, and to forget the kernel may need those.
 """
 
 import contextlib
@@ -16,7 +19,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from .durable import discard
@@ -66,6 +69,7 @@ class MountRecord:
         path: str,
         fd: int = -1,
         bell: socket.socket | None = None,
+        ringing: Collection[object] = (),
     ) -> None:
         self.mountpoint = mountpoint
         self.pid = pid
@@ -74,6 +78,12 @@ class MountRecord:
         """In the daemon: listens; each connection says one `Changed` and waits for one byte."""
         self._path = path
         self._fd = fd
+        self._ringing = ringing
+
+    @property
+    def is_ringing(self) -> bool:
+        """In the daemon: it waits at another's bell now."""
+        return bool(self._ringing)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -98,6 +108,8 @@ class Mounts:
         self._run = run
         self._own: set[str] = set()
         """Bells of this process's mounts: what it changes it tells its kernel itself."""
+        self._ringing: set[object] = set()
+        """One for each thread that is in `announce`. Changed by calls that are atomic, without a lock."""
 
     def record(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
         """The lock is of the open file: processes forked from this one share it."""
@@ -119,7 +131,7 @@ class Mounts:
             on_error.callback(bell.close)
             os.rename(temp, path)
             on_error.pop_all()
-        return MountRecord(mountpoint, pid, driver, path, fd, bell)
+        return MountRecord(mountpoint, pid, driver, path, fd, bell, self._ringing)
 
     def _hang_bell(self, name: str) -> socket.socket:
         bell = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -145,15 +157,21 @@ class Mounts:
     def announce(self, changed: Changed) -> None:
         """Tell every mount but this process's own, and wait until it no longer shows what was before."""
         bells = [name for name in os.listdir(self._run.mounts) if name.endswith(BELL_SUFFIX)]
-        for name in set(bells) - self._own:
-            try:
-                self._ring(name, changed)
-            except (FileNotFoundError, ConnectionError):
-                pass  # its daemon has gone
-            except TimeoutError:
-                _log.warning(
-                    "a mount of this store does not answer: it may show %s for a while", changed.name
-                )
+        this_call = object()
+        self._ringing.add(this_call)
+        try:
+            for name in set(bells) - self._own:
+                self._tell(name, changed)
+        finally:
+            self._ringing.discard(this_call)
+
+    def _tell(self, name: str, changed: Changed) -> None:
+        try:
+            self._ring(name, changed)
+        except (FileNotFoundError, ConnectionError):
+            pass  # its daemon has gone
+        except TimeoutError:
+            _log.warning("a mount of this store does not answer: it may show %s for a while", changed.name)
 
     def _ring(self, name: str, changed: Changed) -> None:
         with (

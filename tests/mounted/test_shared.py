@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -97,27 +97,38 @@ def test_an_image_deleted_by_the_api_is_gone_at_once(fresh: Mount) -> None:
 
 
 @pytest.fixture
-def second(fresh: Mount, tmp_path: Path) -> Path:
+def second(fresh: Mount) -> Iterator[Path]:
     """Another mount of the same store."""
     mountpoint = fresh.base / "second"
     fresh.person.run("mkdir", mountpoint).ok()
     fresh.fusestore("mount", mountpoint).ok()
-    return mountpoint
+    yield mountpoint
+    fresh.fusestore("umount", mountpoint).ok()
 
 
 def test_two_mounts_of_one_store_show_the_same(fresh: Mount, second: Path) -> None:
-    try:
-        script = """
-            for i in $(seq 20); do
-                mkdir containers/x$i && ls $1/containers/x$i/rootfs/bin > /dev/null || exit 1
-                rmdir $1/containers/x$i && ! test -e containers/x$i || exit 2
-            done
-            mkdir containers/y && test -e $1/containers/y && echo '{"a": 1}' > containers/y/metadata.json
-            cat $1/containers/y/metadata.json
-        """
-        assert json.loads(fresh.sh(script, second).ok())["a"] == 1
-        fresh.sh("exec 9< $1/containers/y/rootfs/etc/hostname; rmdir containers/y", second).fails_with(
-            errno.EBUSY
-        )
-    finally:
-        fresh.fusestore("umount", second).ok()
+    script = """
+        for i in $(seq 20); do
+            mkdir containers/x$i && ls $1/containers/x$i/rootfs/bin > /dev/null || exit 1
+            rmdir $1/containers/x$i && ! test -e containers/x$i || exit 2
+        done
+        mkdir containers/y && test -e $1/containers/y && echo '{"a": 1}' > containers/y/metadata.json
+        cat $1/containers/y/metadata.json
+    """
+    assert json.loads(fresh.sh(script, second).ok())["a"] == 1
+    fresh.sh("exec 9< $1/containers/y/rootfs/etc/hostname; rmdir containers/y", second).fails_with(
+        errno.EBUSY
+    )
+
+
+def test_changes_through_two_mounts_at_once_do_not_wait_for_each_other(fresh: Mount, second: Path) -> None:
+    """Where one waited in vain the log says so, which fails the test."""
+    script = """
+        for i in $(seq 20); do mkdir containers/a$i $1/containers/b$i & done
+        wait
+        ls containers | wc -l
+        for i in $(seq 20); do rmdir $1/containers/a$i & rmdir containers/b$i & done
+        wait
+        ls containers; ls $1/containers
+    """
+    assert fresh.sh(script, second).ok() == "40\n"
