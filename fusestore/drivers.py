@@ -21,8 +21,9 @@ from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
 from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
 from .nodes import Attr
-from .rootfs import Descriptors, Opened, Opener, Rootfs
+from .rootfs import Descriptors, Object, Opened, Opener, Rootfs
 from .store import Store
+from .synthetic import SHARED_S
 from .union import LayerView, Lower
 from .upper import Scheme, Upper, find_scheme
 from .writable import WritableRootfs
@@ -32,6 +33,20 @@ __all__ = ["DRIVERS", "UnionDriver", "snapshot"]
 _DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _EMPTY_LAYER = LayerIndex(LayerBuilder().finish(0))
 """What an image of no layers is shown as."""
+
+
+class _SharedObject(Object):
+    __slots__ = ()
+
+    entry_timeout_s = SHARED_S
+    attr_timeout_s = SHARED_S
+
+
+class _SharedTree(WritableRootfs):
+    """A directory in which others write too, past the mount: `Store.work_dir` says where it is."""
+
+    absence_timeout_s = 0.0
+    object_type = _SharedObject
 
 
 class _NothingHeld:
@@ -72,7 +87,8 @@ class UnionDriver:
         return Upper(root, self._homes[os.fstat(root).st_dev], self._scheme)
 
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> WritableRootfs:
-        return self._writable(parent, _ContainerOpener(self, self._store, container_id), label)
+        opener = _ContainerOpener(self, self._store, container_id)
+        return WritableRootfs(self._inodes, self._descriptors, next(self._serials), parent, opener, label)
 
     def container_as_it_is(self, container_id: str, parent: Node) -> Rootfs:
         """The container's rootfs for reading only: looking changes nothing, not even that it was entered."""
@@ -80,7 +96,8 @@ class UnionDriver:
 
     def directory(self, path: Path, parent: Node) -> WritableRootfs:
         """A real directory of the store's or the run directory's."""
-        return self._writable(parent, _DirectoryOpener(self, path), b"")
+        opener = _DirectoryOpener(self, path)
+        return _SharedTree(self._inodes, self._descriptors, next(self._serials), parent, opener)
 
     def image_rootfs(self, image: Image, parent: Node) -> Rootfs:
         return self._read_only(parent, _ImageOpener(self._store, image, Lower))
@@ -90,9 +107,6 @@ class UnionDriver:
         return self._read_only(
             parent, _ImageOpener(self._store, image, lambda layers: LayerView(layers, number))
         )
-
-    def _writable(self, parent: Node, opener: Opener, label: bytes) -> WritableRootfs:
-        return WritableRootfs(self._inodes, self._descriptors, next(self._serials), parent, opener, label)
 
     def _read_only(self, parent: Node, opener: Opener) -> Rootfs:
         return Rootfs(self._inodes, self._descriptors, next(self._serials), parent, opener)

@@ -18,7 +18,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 from weakref import WeakValueDictionary
 
 from .blobs import LayerReader
@@ -295,6 +295,7 @@ class Rootfs(Branch):
     """A read-only tree of layers. Opened on first use; `detach` ends it."""
 
     absence_timeout_s = FOREVER_S
+    object_type: ClassVar[type[Object]] = Object
 
     def __init__(
         self,
@@ -447,7 +448,7 @@ class Rootfs(Branch):
         """The one object for what `name` was found to be."""
         thing = self._objects.get(what.key)
         if thing is None or thing.format != what.format:
-            thing = Object(self, self._inodes.number(self._number(what.key)), directory, name, what)
+            thing = self.object_type(self, self._inodes.number(self._number(what.key)), directory, name, what)
             self._objects[what.key] = thing
             return thing
         if thing.lookups == 0:
@@ -699,7 +700,7 @@ class RootObject(Object):
 
     @property
     def attr_timeout_s(self) -> float:  # type: ignore[override]
-        return FOREVER_S if self.branch.ready else 0.0
+        return cast(Rootfs, self.branch).object_type.attr_timeout_s if self.branch.ready else 0.0
 
 
 def _object(node: Node) -> Object:

@@ -86,3 +86,18 @@ def test_rundir_may_lie_on_another_file_system(unmounted: Mount) -> None:
         unmounted.fusestore("umount", *place, unmounted.mountpoint).ok()
     finally:
         unmounted.person.run("rm", "-r", run_dir).ok()
+
+
+@both
+def test_what_others_change_there_shows(mounted: Mount, container: str, directory: str) -> None:
+    script = """
+        soon() { for i in $(seq 500); do "$@" && return; sleep 0.02; done; exit 1; }
+        shown=containers/$1/$2
+        if [ $2 = workdir ]; then real=$3; else real=$(echo $4/*); fi
+        real=$real/containers/$1/$2
+        ! test -e $shown/made && touch $real/made && test -e $shown/made || exit 2
+        mkdir $shown/d && chmod 750 $real/d && soon eval '[ $(stat -c %a '$shown'/d) = 750 ]'
+        rm $real/made && soon eval '! test -e '$shown/made
+        echo new > $real/x && mv $real/x $real/d && soon test -e $shown/d/x && cat $shown/d/x
+    """
+    assert mounted.sh(script, container, directory, mounted.store, mounted.run_dir).ok() == "new\n"
