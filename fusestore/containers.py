@@ -112,7 +112,7 @@ class Containers:
         id made at random. Raises NotFound.
         """
         container_id = self._find(ref)
-        if container_id is None and _PREFIX.fullmatch(ref):
+        if container_id is None and _PREFIX.fullmatch(str(ref)):
             found = [one for one in self.ids() if one.startswith(ref) and is_hex_id(one)]
             if len(found) > 1:
                 raise NotFound(f"{ref} stands for {len(found)} containers: give more digits of the id")
@@ -168,7 +168,7 @@ class Containers:
     def _find(self, ref: str) -> str | None:
         try:
             parse_container_id(ref)
-        except BadName:
+        except (BadName, TypeError):
             return None
         if self._exists(ref):
             return ref

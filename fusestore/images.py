@@ -137,14 +137,15 @@ class Images:
         return catalog
 
     def find(self, ref: str) -> Image:
-        """By name, id, or the first 12 or more digits of an id. Raises NotFound."""
+        """By name, id, or 12 or more first digits of an id, ``sha256:`` before it or not. Raises NotFound."""
         catalog = self.catalog()
         if ref in catalog.names:
             return catalog.images[catalog.names[ref]]
         if ref in catalog.images:
             return catalog.images[ref]
-        if _PREFIX.fullmatch(ref):
-            matching = [image_id for image_id in catalog.images if image_id.startswith(ref)]
+        digits = str(ref).removeprefix("sha256:")
+        if _PREFIX.fullmatch(digits):
+            matching = [image_id for image_id in catalog.images if image_id.startswith(digits)]
             if len(matching) == 1:
                 return catalog.images[matching[0]]
             if matching:
@@ -329,8 +330,12 @@ class Images:
 
     def require_free(self, names: Sequence[str]) -> None:
         """Raises Exists if one of `names` cannot be given because of where it would lie."""
+        self._require_places(names, self.catalog().names)
+
+    def _require_places(self, names: Sequence[str], taken: Mapping[str, str]) -> None:
+        beside = {**taken, **dict.fromkeys(names, "")}
         for name in names:
-            _require_free(name, self.catalog().names, "", replace_other=True)
+            _require_free(name, beside, "", replace_other=True)
 
     def changing(self, loose: Loose) -> AbstractContextManager[None]:
         """Around several renames: whatever ends them, an error or a crash, what is unreferenced then goes."""
@@ -373,8 +378,11 @@ class Images:
         *,
         default: bool = True,
     ) -> list[Entry]:
-        wanted = [*names, DEFAULT_TAG] if default and DEFAULT_TAG not in taken else list(names)
-        for name in dict.fromkeys(wanted):
+        self._require_places(names, taken)
+        wanted = list(dict.fromkeys(names))
+        if default and DEFAULT_TAG not in taken and not _is_above(DEFAULT_TAG, (*taken, *wanted)):
+            wanted.append(DEFAULT_TAG)
+        for name in wanted:
             owner = taken.get(name)
             if owner == image_id:
                 continue
@@ -396,12 +404,16 @@ def _above(name: str | None, named: Container[str]) -> bool:
     return any("/".join(parts[:count]) in named for count in range(1, len(parts)))
 
 
+def _is_above(name: str, others: Iterable[str]) -> bool:
+    return any(other.startswith(f"{name}/") for other in others)
+
+
 def _require_free(name: str, names: Mapping[str, str], image_id: str, replace_other: bool) -> None:
     owner = names.get(name)
     if owner not in (None, image_id) and not replace_other:
         raise Exists(f"the image name {name!r} is taken: remove it first, or choose another")
     for other in names:
-        if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
+        if _is_above(name, [other]) or _is_above(other, [name]):
             raise Exists(
                 f"an image cannot be called {name!r} beside one called {other!r}: choose another name"
             )

@@ -96,7 +96,9 @@ class Importer:
                 open_source(source_text, scratch=scratch.path) as source,
                 contextlib.suppress(_Gone),
             ):
-                return self._import(source, names or source.names, scratch, progress)
+                wanted = names or source.names
+                self._images.require_free(wanted)
+                return self._import(source, wanted, scratch, progress)
         raise Busy("other processes keep deleting what this image needs: end them, then import it again")
 
     def _import(

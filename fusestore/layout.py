@@ -83,6 +83,7 @@ Refused by a reader, in these words (StoreUnusable)::
     "the files in … are root's (trusted.* xattrs), out of reach here: mount it as root outside of a user
      namespace, or name another store with --store"
     "… says neither native nor plain: write into it which one the store is"
+    "the path of the store is empty: name a directory, or leave it out"
     "….json is damaged: restore it from a backup, or import the images into a new store"
 
 History::

@@ -121,6 +121,9 @@ class Store:
 
         What a crash left behind is cleaned up. Raises StoreUnusable, in the words of layout.py.
         """
+        for what, directory in (("store", path), ("run directory", run_dir)):
+            if directory is not None and not os.fspath(directory):
+                raise StoreUnusable(f"the path of the {what} is empty: name a directory, or leave it out")
         root = os.path.realpath(path)
         layout = Layout(root)
         try:
@@ -318,17 +321,18 @@ class Store:
         image_id: str | None = None,
         container_name: str | None = None,
         container_id: str | None = None,
-        mount_label: str = "",
+        mount_label: str | None = None,
     ) -> ContainerInfo:
         """Makes a container; its cost depends neither on the image's size nor on the number of containers.
 
         Without an image it gets the one tagged `default`; if there is none it is unbound: empty until its
-        metadata names one. An id is made at random where none is given. Raises NotFound, BadName, BadDocument
-        (the label), Exists.
+        metadata names one. An id is made at random where none is given; an empty id, name or label is none.
+        Raises NotFound, BadName, BadDocument (the label), Exists.
         """
-        chosen_id = secrets.token_hex(_ID_BYTES) if container_id is None else parse_container_id(container_id)
-        name = chosen_id if container_name is None else parse_container_id(container_name)
-        metadata.check_label(mount_label)
+        chosen_id = parse_container_id(container_id) if container_id else secrets.token_hex(_ID_BYTES)
+        name = parse_container_id(container_name) if container_name else chosen_id
+        label = mount_label or ""
+        metadata.check_label(label)
         if image_name is None and image_id is None:
             bound_name, bound_id = self._default_image()
         else:
@@ -339,14 +343,14 @@ class Store:
             if bound_id:
                 self._images.find(bound_id)
 
-        draft = Draft(chosen_id, name, bound_name, bound_id, mount_label)
+        draft = Draft(chosen_id, name, bound_name, bound_id, label)
         self._containers.create(draft, confirm_image)
         try:
             run_dir = self.run_dir(chosen_id)
+            self._mounts.announce(Changed("containers", chosen_id))
         except BaseException:
             self._containers.delete(chosen_id)
             raise
-        self._mounts.announce(Changed("containers", chosen_id))
         return ContainerInfo(
             id=chosen_id,
             dir=self.work_dir(chosen_id),

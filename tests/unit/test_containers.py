@@ -68,7 +68,34 @@ def test_name_and_id_of_an_image_must_agree(store: Store, one: str, two: str) ->
         store.create_container(image_name="one", image_id=image.id)
 
 
-@pytest.mark.parametrize("kwargs", [{"container_id": "a/b"}, {"container_id": ""}, {"container_name": ".x"}])
+@pytest.mark.parametrize("nothing", ["", None])
+def test_what_is_empty_is_not_given(store: Store, nothing: str | None) -> None:
+    info = store.create_container(container_id=nothing, container_name=nothing, mount_label=nothing)
+    assert len(info.id) == 64
+    assert (store.container(info.id).name, store.container(info.id).mountlabel) == (info.id, "")
+
+
+def test_the_digest_of_a_config_is_an_id(store: Store, one: str) -> None:
+    image = store.import_image(one)
+    for ref in (image.config, image.config[:19]):
+        info = store.create_container(image_id=ref)
+        assert store.container(info.id).image_id == image.id
+
+
+def test_a_create_that_is_interrupted_at_its_end_leaves_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._mounts, "announce", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.create_container(container_name="web")
+    assert (store.container_ids(), store.container_names()) == ([], {})
+
+
+@pytest.mark.parametrize("kwargs", [{"container_id": "a/b"}, {"container_name": ".x"}])
 def test_bad_names(store: Store, kwargs: dict[str, str]) -> None:
     with pytest.raises(BadName):
         store.create_container(**kwargs)
@@ -110,8 +137,8 @@ def test_by_name(store: Store) -> None:
     assert store.container_ids() == []
 
 
-@pytest.mark.parametrize("ref", ["none", "", "a/b", "..", "\udcff"])
-def test_no_such_container(store: Store, ref: str) -> None:
+@pytest.mark.parametrize("ref", ["none", "", "a/b", "..", "\udcff", None])
+def test_no_such_container(store: Store, ref: Any) -> None:
     for operation in (
         store.container,
         store.delete_container,

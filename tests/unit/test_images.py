@@ -564,3 +564,25 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(
             assert caught.value.errno == errno.EMFILE
         patch.undo()
         assert other.images() == [image]
+
+
+@pytest.mark.parametrize("names", [["a", "a/b"], ["a/b", "a"]])
+def test_names_that_cannot_stand_beside_each_other_are_refused_before_the_import(
+    tmp_path: Path, store: Store, names: list[str]
+) -> None:
+    with pytest.raises(Exists, match="beside"):
+        store.import_image(str(tmp_path / "none"), names)
+
+
+@pytest.mark.parametrize("name", ["taken/below", "x"])
+def test_a_sources_own_name_that_cannot_be_given_is_refused(tmp_path: Path, store: Store, name: str) -> None:
+    store.import_image(layout(tmp_path / "first", BASE), ["taken", "x/y"])
+    before = store.image_names()
+    with pytest.raises(Exists, match="beside"):
+        store.import_image(layout(tmp_path / "s", APP, name=name))
+    assert (store.image_names(), len(store.images())) == (before, 1)
+
+
+def test_a_first_image_is_not_called_default_beside_a_name_below_it(tmp_path: Path, store: Store) -> None:
+    store.import_image(layout(tmp_path / "s", BASE), ["default/x"])
+    assert list(store.image_names()) == ["default/x"]

@@ -31,6 +31,16 @@ def test_nothing_there(tmp_path: Path) -> None:
         Store.open(tmp_path / "none", tmp_path / "run")
 
 
+@pytest.mark.parametrize("where", [{"path": "", "run_dir": "run"}, {"path": "store", "run_dir": ""}])
+def test_an_empty_path_is_not_the_current_directory(
+    tmp_path: Path, where: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreUnusable, match="is empty"):
+        Store.open(**where, create=True)  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_directory_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
