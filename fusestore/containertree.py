@@ -293,12 +293,26 @@ class ContainerTree(FixedBranch):
         if isinstance(node, ScratchFile):
             node.change(changes)
         elif isinstance(node, DocumentNode):
-            # Mode, owner and times are accepted and change nothing: cp -p, sed -i and vim set them. So is a
-            # size of 0 by truncate(2), without an open file: empty is no document, nothing was written yet.
+            # A size of 0 by truncate(2), without an open file, is accepted: empty is no document, nothing was
+            # written yet. Times are accepted and stay the store's: touch and cp -p set them.
             if changes.size not in (None, 0, len(node.data or b"")):
                 raise errors.BadDocument("a document cannot be cut: write a whole one")
+            self._require_unchanged(node, changes)
+        elif isinstance(node, ContainerDir) and changes.mtime_ns is None and changes.atime_ns is None:
+            self._require_unchanged(node, changes)
         else:
             self._refuse()
+
+    def _require_unchanged(self, node: Node, changes: Changes) -> None:
+        """Modes and owners are fixed. To set what is there, as ``mkdir -m 755`` does, is no change."""
+        attr = self.attr(node)
+        mode = None if changes.mode is None else stat.S_IMODE(changes.mode)
+        if (
+            mode not in (None, stat.S_IMODE(attr.mode))
+            or changes.uid not in (None, attr.uid)
+            or changes.gid not in (None, attr.gid)
+        ):
+            raise errors.NotPermitted("mode and owner of a container and its metadata.json are fixed")
 
     # Making, renaming, deleting containers
 

@@ -197,6 +197,8 @@ class ImageTree(Branch):
         self._images: WeakValueDictionary[str, _ImageDir] = WeakValueDictionary()
         self._name_dirs: WeakValueDictionary[str, _NameDir] = WeakValueDictionary()
         self._links: WeakValueDictionary[str, _NameLink] = WeakValueDictionary()
+        self._made: set[str] = set()
+        """Prefixes that mkdir made, until there is a name below."""
         self._emptied: set[str] = set()
         """Prefixes whose last name was removed here: ``rm -r images/localhost`` ends with an rmdir of it."""
         self.root = _NameDir(self, inodes.number(), "")
@@ -223,7 +225,7 @@ class ImageTree(Branch):
         if image_id is not None:
             return self._link(directory, full_name, image_id)
         prefix = full_name + "/"
-        if prefix in self._emptied or any(known.startswith(prefix) for known in names):
+        if prefix in self._emptied or any(known.startswith(prefix) for known in (*names, *self._made)):
             return self._name_dir(prefix)
         raise errors.NotFound(f"there is no image {full_name!r}")
 
@@ -363,8 +365,8 @@ class ImageTree(Branch):
         shown = self._store.image_ids() if directory is self.root else []
         below = {
             name.removeprefix(directory.prefix).partition("/")[0]
-            for name in names
-            if name.startswith(directory.prefix)
+            for name in (*names, *self._made)
+            if name.startswith(directory.prefix) and name != directory.prefix
         }
         return [(name.encode(), None) for name in (*sorted(shown), *sorted(below))]
 
@@ -439,6 +441,7 @@ class ImageTree(Branch):
     def _tag(self, directory: _NameDir, name: bytes, full_name: str, target: bytes) -> Steps[Node]:
         image_id = yield lambda: self._resolve(directory.prefix, os.fsdecode(target))
         yield lambda: self._store.tag(image_id, full_name)
+        self._named(full_name)
         return self._lookup_name(directory, os.fsdecode(name))
 
     def _resolve(self, prefix: str, target: str) -> str:
@@ -452,6 +455,20 @@ class ImageTree(Branch):
             except (errors.NotFound, errors.BadName):
                 continue
         raise errors.NotFound(f"{target!r} is no image: link to an id or a name in images/")
+
+    def _named(self, full_name: str) -> None:
+        """Directories on the way to it need not be remembered any more: they are there as long as it is."""
+        self._made = {prefix for prefix in self._made if not full_name.startswith(prefix)}
+
+    def mkdir(self, node: Node, name: bytes, mode: int, caller: Caller) -> Node:
+        """``mkdir images/<prefix>``: a place for names, in memory as long as it is empty."""
+        directory = _place(node)
+        full_name = parse_image_name(directory.prefix + os.fsdecode(name))
+        with contextlib.suppress(errors.NotFound):
+            self._lookup_name(directory, os.fsdecode(name))
+            raise errors.Exists(f"images/{full_name} is there")
+        self._made.add(f"{full_name}/")
+        return self._name_dir(f"{full_name}/")
 
     def unlink(self, node: Node, name: bytes) -> Maybe[None]:
         """``rm images/<name>``: untags."""
@@ -484,6 +501,7 @@ class ImageTree(Branch):
 
     def _rename_tag(self, old: str, new: str, replace: bool) -> Steps[None]:
         yield lambda: self._store.rename_tag(old, new, replace)
+        self._named(new)
 
     def rmdir(self, node: Node, name: bytes) -> Maybe[None]:
         """``rmdir images/<id>``: deletes the image."""
@@ -497,11 +515,12 @@ class ImageTree(Branch):
         return self._delete(found)
 
     def _remove_name_dir(self, directory: _NameDir) -> None:
-        """It is there for its names only: with the last of them it goes, and this is no more than manners."""
-        below = (*self._store.image_names(), *(known for known in self._emptied if known != directory.prefix))
-        if any(known.startswith(directory.prefix) for known in below):
+        """It is there for its names only: with the last of them it goes, unless mkdir made it."""
+        prefixes = (self._made | self._emptied) - {directory.prefix}
+        if any(known.startswith(directory.prefix) for known in (*self._store.image_names(), *prefixes)):
             raise errors.NotEmpty(f"images/{directory.prefix} has names of images in it")
         self._emptied.discard(directory.prefix)
+        self._made.discard(directory.prefix)
 
     def _delete(self, directory: _ImageDir) -> Steps[None]:
         if any(rootfs.in_use for rootfs in directory.rootfs):

@@ -36,6 +36,13 @@ def test_mkdir_p_and_trailing_slashes_work(mounted: Mount) -> None:
     mounted.sh("mkdir -p containers/$1/ && mkdir -p containers/$1 && rmdir containers/$1/", name).ok()
 
 
+def test_mkdir_m_takes_the_one_mode_there_is(mounted: Mount) -> None:
+    name = mounted.new_id()
+    mounted.sh("mkdir -m 755 containers/$1 && rmdir containers/$1", name).ok()
+    mounted.sh("mkdir -m 700 containers/$1", name).fails_with(errno.EPERM)
+    mounted.sh("rmdir containers/$1", name).ok()
+
+
 def test_a_second_mkdir_of_an_id_is_refused(mounted: Mount, container: str) -> None:
     mounted.sh("mkdir containers/$1", container).fails_with(errno.EEXIST)
 
@@ -177,6 +184,13 @@ def test_mv_renames_a_name(mounted: Mount, container: str) -> None:
     shown = json.loads(mounted.sh("cat containers/name-2/metadata.json").ok())
     assert (shown["id"], shown["name"]) == (container, "name-2")
     mounted.sh("stat containers/name-1").fails_with(errno.ENOENT)
+
+
+def test_rm_of_a_name_leaves_the_id(mounted: Mount, container: str) -> None:
+    mounted.sh(
+        "echo '{\"name\": \"n-'$1'\"}' > containers/$1/metadata.json; rm containers/n-$1", container
+    ).ok()
+    assert mounted.sh("jq -r .name containers/$1/metadata.json", container).ok() == f"{container}\n"
 
 
 def test_the_name_goes_with_the_container(mounted: Mount) -> None:

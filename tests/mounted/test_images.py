@@ -181,6 +181,22 @@ def test_a_name_with_slashes_nests(fresh: Mount, images: Images) -> None:
     assert "localhost" not in fresh.sh("ls images").ok().split()
 
 
+def test_mkdir_makes_a_place_for_names(fresh: Mount) -> None:
+    fresh.sh("mkdir -p images/localhost/a && ln -s busybox images/localhost/a/app:2").ok()
+    assert _id(fresh, "localhost/a/app:2") == _id(fresh, "busybox")
+    fresh.sh("mkdir images/empty images/x && rmdir images/x").ok()
+    fresh.umount()
+    fresh.mount()
+    assert set(fresh.sh("ls images").ok().split()) >= {"busybox", "default", "localhost"}
+    fresh.sh("stat images/empty").fails_with(errno.ENOENT)
+
+
+def test_a_directory_of_names_cannot_be_moved(fresh: Mount) -> None:
+    fresh.sh("mkdir images/a && ln -s busybox images/a/b").ok()
+    fresh.sh("mv images/a images/c").fails_with(errno.EROFS)
+    fresh.sh("rm -r images/a && ! test -e images/a").ok()
+
+
 def test_a_taken_tag_is_kept(fresh: Mount, images: Images) -> None:
     fresh.fusestore("import", images.debian.source).ok()
     fresh.sh("ln -sT $1 images/busybox", _id(fresh, "debian")).fails_with(errno.EEXIST)

@@ -39,6 +39,7 @@ WAYS = {
     "cat": "echo '{\"user\": 1}' | cat > metadata.json",
     "cp": "echo '{\"user\": 1}' > $2 && cp $2 metadata.json",
     "cp -f": "echo '{\"user\": 1}' > $2 && cp -f --remove-destination $2 metadata.json",
+    "cp -p": "echo '{\"user\": 1}' > $2 && cp -p $2 metadata.json",
     "dd": "echo '{\"user\": 1}' | dd of=metadata.json status=none",
     "dd in small blocks": "echo '{\"user\": 1}' | dd of=metadata.json bs=3 status=none",
     "mv within": "echo '{\"user\": 1}' > tmp && mv tmp metadata.json",
@@ -61,6 +62,18 @@ def test_every_way_of_writing_replaces_the_document(mounted: Mount, container: s
     after = _read(mounted, container)
     assert after.pop("user") == 1
     assert after == before
+
+
+def test_touch_changes_nothing(mounted: Mount, container: str) -> None:
+    before = _read(mounted, container)
+    mounted.sh("touch containers/$1/metadata.json", container).ok()
+    assert _read(mounted, container) == before
+
+
+@pytest.mark.parametrize("command", ["chmod 600", "chown 12345", "chgrp 12345"])
+def test_mode_and_owner_are_fixed(mounted: Mount, container: str, command: str) -> None:
+    for what in ("metadata.json", "."):
+        mounted.sh(f"{command} containers/$1/{what}", container).fails_with(errno.EPERM)
 
 
 def test_appending_white_space_keeps_the_document(mounted: Mount, container: str) -> None:

@@ -35,6 +35,25 @@ def test_a_pinned_container_is_busy(mounted: Mount, container: str, command: str
     assert mounted.sh("cat containers/$1/rootfs/etc/hostname", container).ok() == "busybox\n"
 
 
+def test_the_name_of_a_pinned_container_stays(mounted: Mount, container: str) -> None:
+    document = json.dumps({"name": f"n-{container}", "mounted": True})
+    mounted.sh('echo "$2" > containers/$1/metadata.json', container, document).ok()
+    mounted.sh("rm containers/n-$1", container).fails_with(errno.EBUSY)
+
+
+def test_rm_r_of_a_pinned_container_says_the_same_of_all(mounted: Mount, container: str) -> None:
+    mounted.sh(_PIN, container).ok()
+    said = mounted.sh("rm -r containers/$1", container).err.splitlines()
+    assert said and all(line.endswith("Device or resource busy") for line in said), said
+
+
+def test_starting_a_container_takes_its_removal_back(mounted: Mount, container: str) -> None:
+    mounted.sh("cd containers/$1 && rm metadata.json && rmdir rootfs", container).ok()
+    mounted.fusestore("start", container).ok()
+    assert _is_mounted(mounted, container)
+    assert mounted.sh("cat containers/$1/rootfs/etc/hostname", container).ok() == "busybox\n"
+
+
 def test_a_write_that_leaves_mounted_out_keeps_it(mounted: Mount, container: str) -> None:
     mounted.sh(_PIN, container).ok()
     mounted.sh("echo '{\"user\": 1}' > containers/$1/metadata.json", container).ok()

@@ -277,12 +277,31 @@ def test_refused_write_fails_at_once_and_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    "changes", [Changes(mode=0o600), Changes(uid=1, gid=2), Changes(mtime_ns=5), Changes(size=0)]
+    "changes",
+    [
+        Changes(mode=stat.S_IFREG | 0o644),
+        Changes(uid=OWNER.uid, gid=OWNER.gid),
+        Changes(mtime_ns=5, atime_ns=6),
+        Changes(size=0),
+    ],
 )
-def test_attributes_of_the_document_are_accepted_and_stay(shell: TreeShell, changes: Changes) -> None:
+def test_what_changes_nothing_of_the_document_is_accepted(shell: TreeShell, changes: Changes) -> None:
     before = shell.stat(METADATA)
     shell.setattr(METADATA, changes)
     assert shell.stat(METADATA) == before
+
+
+@pytest.mark.parametrize("path", [METADATA, "containers/c"])
+@pytest.mark.parametrize("changes", [Changes(mode=0o600), Changes(uid=1), Changes(gid=2)])
+def test_mode_and_owner_are_fixed(shell: TreeShell, path: str, changes: Changes) -> None:
+    before = shell.stat(path)
+    with pytest.raises(errors.NotPermitted):
+        shell.setattr(path, changes)
+    assert shell.stat(path) == before
+
+
+def test_mkdir_with_the_mode_it_has_anyway(shell: TreeShell) -> None:
+    assert stat.S_IMODE(shell.setattr("containers/c", Changes(mode=stat.S_IFDIR | 0o755)).mode) == 0o755
 
 
 def test_document_cannot_be_cut(shell: TreeShell) -> None:

@@ -300,6 +300,53 @@ def test_mv_does_not_exchange(shell: TreeShell, other: str) -> None:
         shell.rename("images/other", "images/default", RENAME_EXCHANGE)
 
 
+# Directories for names
+
+
+def test_mkdir_makes_a_place_for_names(shell: TreeShell, store: Store, app: str) -> None:
+    shell.mkdir("images/a")
+    shell.mkdir("images/a/b")
+    assert ("a" in shell.ls("images"), shell.ls("images/a"), shell.ls("images/a/b")) == (True, ["b"], [])
+    shell.symlink(app, "images/a/b/new")
+    assert store.image_names()["a/b/new"] == app
+
+
+def test_a_name_can_be_moved_into_a_new_directory(shell: TreeShell, store: Store) -> None:
+    shell.mkdir("images/a")
+    shell.rename("images/default", "images/a/new")
+    assert "a/new" in store.image_names()
+
+
+def test_directory_that_was_made_goes_with_its_last_name(shell: TreeShell, app: str) -> None:
+    shell.mkdir("images/a")
+    shell.symlink(app, "images/a/new")
+    shell.unlink("images/a/new")
+    assert not shell.exists("images/a")
+
+
+def test_directory_that_was_made_goes_with_rmdir_or_the_mount(shell: TreeShell, store: Store) -> None:
+    shell.mkdir("images/a")
+    shell.mkdir("images/a/b")
+    assert not TreeShell(store).exists("images/a")
+    with pytest.raises(errors.NotEmpty):
+        shell.rmdir("images/a")
+    shell.rmdir("images/a/b")
+    shell.rmdir("images/a")
+    assert not shell.exists("images/a")
+
+
+@pytest.mark.parametrize("name", ["default", "localhost", "localhost/app:1"])
+def test_mkdir_of_what_is_there(shell: TreeShell, name: str) -> None:
+    with pytest.raises(errors.Exists):
+        shell.mkdir(f"images/{name}")
+
+
+@pytest.mark.parametrize("name", ["a b", "-x", "f" * 64])
+def test_mkdir_of_what_can_be_no_part_of_a_name(shell: TreeShell, name: str) -> None:
+    with pytest.raises(errors.BadName):
+        shell.mkdir(f"images/{name}")
+
+
 # Deleting
 
 
@@ -355,7 +402,6 @@ def test_rmdir_of_a_name_is_refused(shell: TreeShell) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda shell, image: shell.mkdir("images/new"),
         lambda shell, image: shell.write("images/new", b""),
         lambda shell, image: shell.mknod("images/new"),
         lambda shell, image: shell.link("images/default", "images/new"),
