@@ -18,13 +18,13 @@ from weakref import WeakValueDictionary
 from . import errors
 from .containerdir import DOCUMENT, PARTS, ContainerDir, EmptyDir, Surroundings
 from .documentfile import DocumentNode, DocumentReader, DocumentWriter
-from .inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, Steps
+from .inodes import Caller, Changes, FileHandle, Inodes, Maybe, Node, Steps
 from .metadata import parse_document
 from .names import parse_container_id
-from .nodes import Attr, Inode
+from .nodes import Attr
 from .scratchfile import ScratchFile, ScratchHandle
 from .store import Store
-from .synthetic import MANY_LINKS, SHARED_S, FixedBranch, Owner, RootfsDriver, Unreadable
+from .synthetic import MANY_LINKS, SHARED_S, FixedBranch, NameLink, Owner, RootfsDriver, Unreadable
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ContainerTree"]
@@ -39,20 +39,6 @@ class _Root(Node):
     __slots__ = ()
 
     attr_timeout_s = SHARED_S
-
-
-class _NameLink(Node):
-    """/containers/<name>, a link to the id."""
-
-    __slots__ = ("name", "target")
-
-    entry_timeout_s = 0.0
-    attr_timeout_s = 0.0
-
-    def __init__(self, branch: Branch, ino: Inode, name: str, target: bytes) -> None:
-        super().__init__(branch, ino)
-        self.name = name
-        self.target = target
 
 
 class ContainerTree(FixedBranch):
@@ -77,7 +63,7 @@ class ContainerTree(FixedBranch):
         self._deleted = deleted
         self._around = Surroundings(store, inodes, driver, owner)
         self._dirs: WeakValueDictionary[str, ContainerDir] = WeakValueDictionary()
-        self._links: WeakValueDictionary[str, _NameLink] = WeakValueDictionary()
+        self._links: WeakValueDictionary[str, NameLink] = WeakValueDictionary()
         self._kept: dict[str, ContainerDir] = {}
         """Directories with state that the kernel has forgotten: scratch files, a removal half-way."""
         self._refused: dict[ContainerDir, tuple[int, float]] = {}
@@ -94,7 +80,7 @@ class ContainerTree(FixedBranch):
         if isinstance(node, ScratchFile):
             return node.attr
         status = os.stat(self._around.layout.containers)
-        if isinstance(node, _NameLink):
+        if isinstance(node, NameLink):
             return self._owner.link(node.target, status.st_mtime_ns)
         return self._owner.directory(status.st_mtime_ns, MANY_LINKS)
 
@@ -149,14 +135,14 @@ class ContainerTree(FixedBranch):
         if self._dirs.get(container.id) is container:
             del self._dirs[container.id]
 
-    def _link(self, name: str) -> _NameLink:
+    def _link(self, name: str) -> NameLink:
         return self._link_to(name, self._store.container_id(name))
 
-    def _link_to(self, name: str, container_id: str) -> _NameLink:
+    def _link_to(self, name: str, container_id: str) -> NameLink:
         target = container_id.encode()
         known = self._links.get(name)
         if known is None or known.target != target:
-            known = _NameLink(self, self._inodes.number(), name, target)
+            known = NameLink(self, self._inodes.number(), self.root, target)
             self._links[name] = known
         return known
 
@@ -166,7 +152,7 @@ class ContainerTree(FixedBranch):
         return self._parent if node is self.root else self.root
 
     def readlink(self, node: Node) -> bytes:
-        if not isinstance(node, _NameLink):
+        if not isinstance(node, NameLink):
             raise errors.BadInput("not a symbolic link")
         return node.target
 
@@ -366,13 +352,10 @@ class ContainerTree(FixedBranch):
                 raise errors.NotFound("metadata.json was removed")
             return None
         found = self.lookup(node, name)
-        if not isinstance(found, _NameLink):
+        if not isinstance(found, NameLink):
             raise errors.IsADirectory(f"{name!r} is a container: rmdir it")
-        return self._unname(found)
-
-    def _unname(self, link: _NameLink) -> Steps[None]:
-        """The container's name goes back to its id."""
-        yield lambda: self._store.rename_container(link.name, link.target.decode())
+        # The container's name goes back to its id.
+        return self._rename_name(os.fsdecode(name), found.target.decode())
 
     def rename(self, node: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> Maybe[None]:
         if flags & RENAME_EXCHANGE:

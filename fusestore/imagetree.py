@@ -22,7 +22,16 @@ from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Steps
 from .names import is_hex_id, parse_image_name
 from .nodes import Attr, Inode
 from .store import Image, Layer, Store
-from .synthetic import MANY_LINKS, SHARED_S, BytesHandle, Owner, RootfsBranch, RootfsDriver, Unreadable
+from .synthetic import (
+    MANY_LINKS,
+    SHARED_S,
+    BytesHandle,
+    NameLink,
+    Owner,
+    RootfsBranch,
+    RootfsDriver,
+    Unreadable,
+)
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ImageTree"]
@@ -44,20 +53,6 @@ class _NameDir(Node):
     def __init__(self, branch: Branch, ino: Inode, prefix: str) -> None:
         super().__init__(branch, ino)
         self.prefix = prefix
-
-
-class _NameLink(Node):
-    """/images/<name>, a link to the id."""
-
-    __slots__ = ("directory", "target")
-
-    entry_timeout_s = 0.0
-    attr_timeout_s = 0.0
-
-    def __init__(self, branch: Branch, ino: Inode, directory: _NameDir, target: bytes) -> None:
-        super().__init__(branch, ino)
-        self.directory = directory
-        self.target = target
 
 
 class _ImageDir(Node):
@@ -196,7 +191,7 @@ class ImageTree(Branch):
         self._parent = parent
         self._images: WeakValueDictionary[str, _ImageDir] = WeakValueDictionary()
         self._name_dirs: WeakValueDictionary[str, _NameDir] = WeakValueDictionary()
-        self._links: WeakValueDictionary[str, _NameLink] = WeakValueDictionary()
+        self._links: WeakValueDictionary[str, NameLink] = WeakValueDictionary()
         self._made: set[str] = set()
         """Prefixes that mkdir made, until there is a name below."""
         self._emptied: set[str] = set()
@@ -241,11 +236,11 @@ class ImageTree(Branch):
             self._images[image_id] = known
         return known
 
-    def _link(self, directory: _NameDir, full_name: str, image_id: str) -> _NameLink:
+    def _link(self, directory: _NameDir, full_name: str, image_id: str) -> NameLink:
         target = ("../" * full_name.count("/") + image_id).encode()
         known = self._links.get(full_name)
         if known is None or known.target != target:
-            known = _NameLink(self, self._inodes.number(), directory, target)
+            known = NameLink(self, self._inodes.number(), directory, target)
             self._links[full_name] = known
         return known
 
@@ -258,7 +253,7 @@ class ImageTree(Branch):
         return known
 
     def parent(self, node: Node) -> Node:
-        if isinstance(node, (_Inner, _NameLink)):
+        if isinstance(node, (_Inner, NameLink)):
             return node.directory
         if node is self.root:
             return self._parent
@@ -399,7 +394,7 @@ class ImageTree(Branch):
         if isinstance(node, _Inner):
             return self._inner_attr(node)
         mtime_ns = os.stat(self._store.index_path).st_mtime_ns
-        if isinstance(node, _NameLink):
+        if isinstance(node, NameLink):
             return owner.link(node.target, mtime_ns)
         return owner.directory(mtime_ns, MANY_LINKS)
 
@@ -413,7 +408,7 @@ class ImageTree(Branch):
         return self._owner.directory(mtime_ns, nlink, 0o555)
 
     def readlink(self, node: Node) -> bytes:
-        if not isinstance(node, _NameLink):
+        if not isinstance(node, NameLink):
             raise errors.BadInput("not a symbolic link")
         return node.target
 
@@ -474,7 +469,7 @@ class ImageTree(Branch):
         """``rm images/<name>``: untags."""
         directory = _place(node)
         found = self._lookup_name(directory, os.fsdecode(name))
-        if not isinstance(found, _NameLink):
+        if not isinstance(found, NameLink):
             raise errors.IsADirectory(f"{name!r} is a directory")
         return self._untag(directory.prefix + os.fsdecode(name))
 
@@ -493,7 +488,7 @@ class ImageTree(Branch):
         if flags & RENAME_EXCHANGE:
             raise errors.BadInput("names of images cannot be exchanged: move one after the other")
         found = self._lookup_name(directory, os.fsdecode(name))
-        if not isinstance(found, _NameLink):
+        if not isinstance(found, NameLink):
             raise errors.ReadOnly("only names of images can be renamed")
         old = directory.prefix + os.fsdecode(name)
         new = parse_image_name(new_directory.prefix + os.fsdecode(new_name))
@@ -506,7 +501,7 @@ class ImageTree(Branch):
     def rmdir(self, node: Node, name: bytes) -> Maybe[None]:
         """``rmdir images/<id>``: deletes the image."""
         found = self._lookup_name(_place(node), os.fsdecode(name))
-        if isinstance(found, _NameLink):
+        if isinstance(found, NameLink):
             raise errors.NotADirectory(f"{name!r} is a name: rm it")
         if isinstance(found, _NameDir):
             self._remove_name_dir(found)

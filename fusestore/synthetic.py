@@ -20,6 +20,7 @@ __all__ = [
     "BytesHandle",
     "FixedBranch",
     "MANY_LINKS",
+    "NameLink",
     "Owner",
     "RootfsBranch",
     "RootfsDriver",
@@ -124,6 +125,22 @@ class Unreadable(Node):
         """`format`: S_IFMT bits."""
         super().__init__(_UNREADABLE, ino)
         self.format = format
+
+
+class NameLink(Node):
+    """A name that leads to an id. Names are asked for each time: another may have it by now."""
+
+    __slots__ = ("directory", "target")
+
+    entry_timeout_s = 0.0
+    attr_timeout_s = 0.0
+    format = stat.S_IFLNK
+
+    def __init__(self, branch: Branch, ino: Inode, directory: Node, target: bytes) -> None:
+        """`directory` is where it lies, `target` what readlink(2) says."""
+        super().__init__(branch, ino)
+        self.directory = directory
+        self.target = target
 
 
 class BytesHandle(FileHandle):
