@@ -18,7 +18,7 @@ import pytest
 from rig.distribution import TOOLS as DISTRIBUTION_TOOLS
 from rig.distribution import Distribution, make_distribution
 from rig.images import TOOLS, Image, Images, make_images
-from rig.mounts import Mount, Place
+from rig.mounts import Mount, Place, make_area, sweep
 from rig.people import Person, plain_user, root
 from rig.requirements import need
 
@@ -28,10 +28,9 @@ P = TypeVar("P", bound=Place)
 @pytest.fixture(scope="session")
 def area() -> Iterator[Path]:
     """A directory that every user may search, on a disk (tmpfs has no user.* xattrs in older kernels)."""
-    path = Path(
-        tempfile.mkdtemp(prefix="fusestore-test-", dir=os.environ.get("FUSESTORE_TEST_TMP", "/var/tmp"))
-    )
-    path.chmod(0o755)
+    parent = os.environ.get("FUSESTORE_TEST_TMP", "/var/tmp")
+    sweep(parent)
+    path = make_area(parent)
     yield path
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     left = [mount for mount in mounts if mount.startswith(f"{path}/")]
@@ -128,6 +127,7 @@ def _shared(person: Person, images: Images, area: Path) -> Iterator[Mount]:
 @pytest.fixture
 def mounted(_shared: Mount) -> Iterator[Mount]:
     """A mount shared with other tests, of a store with busybox (the default), debian and corners."""
+    _shared.revive()
     assert _shared.is_mounted()
     yield _shared
     _shared.check_log()

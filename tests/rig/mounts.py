@@ -7,16 +7,19 @@ declare with `Mount.expect`; after the last, `Mount.close` fails for a mount or 
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rig.people import Person, Result
 
-__all__ = ["Mount", "Place", "abort_all", "wait_until"]
+__all__ = ["Mount", "Place", "abort_all", "make_area", "sweep", "wait_until"]
 
+_AREA = "fusestore-test-"
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _SERIOUS = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) |^Traceback |^\S*(Error|Exception|Warning)\b")
 _live: set["Mount"] = set()
@@ -72,6 +75,7 @@ class Mount(Place):
         self._expected: list[re.Pattern[str]] = []
         self._checked = 0
         self._number = 0
+        self._is_aborted = False
 
     def __hash__(self) -> int:
         return id(self)
@@ -80,6 +84,13 @@ class Mount(Place):
         self.fusestore("mount", *self.options, self.mountpoint).ok()
         _live.add(self)
         return self
+
+    def revive(self) -> None:
+        """Mounts again what was aborted: a test that hung costs those after it nothing."""
+        if self._is_aborted:
+            wait_until(lambda: self.pids() == [])
+            self._is_aborted = False
+            self.mount()
 
     def umount(self) -> None:
         self.fusestore("umount", self.mountpoint).ok()
@@ -107,11 +118,7 @@ class Mount(Place):
         return self._device() is not None
 
     def _device(self) -> str | None:
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            fields = line.split()
-            if fields[4] == str(self.mountpoint):
-                return fields[2]
-        return None
+        return next((device for device, path in _mounts() if path == str(self.mountpoint)), None)
 
     def expect(self, pattern: str) -> None:
         """Declares that the daemon's log may have serious lines that match."""
@@ -133,11 +140,8 @@ class Mount(Place):
         """Ends the connection in the kernel: every request to it fails from now on."""
         device = self._device()
         if device is not None:
-            switch = _CONNECTIONS / device.split(":")[1] / "abort"
-            if not switch.exists():
-                subprocess.run(["mount", "-t", "fusectl", "none", _CONNECTIONS], check=False, timeout=10)
-            if switch.exists():
-                switch.write_text("1")
+            _abort(device)
+            self._is_aborted = True
 
     def close(self) -> None:
         """Takes everything away; fails if the umount command did not do it, or did it late."""
@@ -156,6 +160,45 @@ class Mount(Place):
         _live.discard(self)
         assert not wrong, "; ".join(wrong)
         self.check_log()
+
+
+def make_area(parent: str) -> Path:
+    """A directory for the mounts of this process, in `parent`; `sweep` knows by its name whose it was."""
+    path = Path(tempfile.mkdtemp(prefix=f"{_AREA}{os.getpid()}-", dir=parent))
+    path.chmod(0o755)
+    return path
+
+
+def sweep(parent: str) -> None:
+    """Takes away what test processes that were killed left in `parent`, mounts and daemons too."""
+    for area in Path(parent).glob(f"{_AREA}*-*"):
+        owner = area.name.removeprefix(_AREA).partition("-")[0]
+        if not owner.isdecimal() or Path("/proc", owner).exists() or area.stat().st_uid != os.geteuid():
+            continue
+        inside = f"{area}/".encode()
+        for pid, words in _command_lines():
+            if b"mount" in words and any(word.startswith(inside) for word in words):
+                os.kill(pid, signal.SIGKILL)
+        for device, path in _mounts():
+            if path.startswith(f"{area}/"):
+                _abort(device)
+                unmount = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
+                subprocess.run([*unmount, path], check=True, timeout=30)
+        shutil.rmtree(area)
+
+
+def _mounts() -> list[tuple[str, str]]:
+    """Device and path of every mount, the last one first."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [(line.split()[2], line.split()[4]) for line in reversed(lines)]
+
+
+def _abort(device: str) -> None:
+    switch = _CONNECTIONS / device.split(":")[1] / "abort"
+    if not switch.exists():
+        subprocess.run(["mount", "-t", "fusectl", "none", _CONNECTIONS], check=False, timeout=10)
+    if switch.exists():
+        switch.write_text("1")
 
 
 def _command_lines() -> Iterator[tuple[int, list[bytes]]]:
