@@ -88,7 +88,7 @@ def _size_of(text: str) -> int:
 
 def _directory(named_by: str, path: str) -> str:
     if not path:
-        raise click.UsageError(f"{named_by} is empty: name a directory, or leave it out")
+        raise click.UsageError(f"{named_by} is empty: name a directory")
     return os.path.abspath(path)
 
 
@@ -184,7 +184,7 @@ def _mount(
 
     Returns when the mount answers. Its log is the file mount-….log in the store's part of the run directory.
     """
-    mountpoint = os.path.abspath(mountpoint)
+    mountpoint = _directory("MOUNTPOINT", mountpoint)
     check_mountpoint(mountpoint, store=places.store, run_dir=places.run_dir)
     daemon.check_permission(allow_other=allow_other)
 
@@ -210,8 +210,9 @@ def _umount(places: _Places, mountpoint: str) -> None:
 
     The mount's process has gone then, too. Fails while something in MOUNTPOINT is in use.
     """
+    mountpoint = _directory("MOUNTPOINT", mountpoint)
     with places.open() as store:
-        unmount(store, os.path.abspath(mountpoint))
+        unmount(store, mountpoint)
 
 
 @_command

@@ -5,6 +5,7 @@ through a pipe that the background process alone holds open, so its death is not
 threads before `detach`: only the forking thread lives on in a child.
 """
 
+import errno
 import logging
 import logging.handlers
 import os
@@ -27,11 +28,22 @@ _FUSE_CONF = "/etc/fuse.conf"
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person: what went wrong and where. For foreseen errors and those of system calls."""
+    """One line for a person: what went wrong, where, what to do. For foreseen errors and OSErrors."""
     if isinstance(error, OSError) and error.strerror:
-        where = error.filename if error.filename is not None else ""
-        return f"{os.fsdecode(where)}: {error.strerror}" if where else error.strerror
+        advice = _ADVICE.get(error.errno or 0)
+        parts = [os.fsdecode(error.filename)] if error.filename else []
+        return ": ".join([*parts, error.strerror, *([advice] if advice else [])])
     return str(error)
+
+
+_ADVICE = {
+    errno.ENOSPC: "make room there, or name other directories with --store and --run-dir",
+    errno.EDQUOT: "make room there, or name other directories with --store and --run-dir",
+    errno.EROFS: "mount it writable, or name other directories with --store and --run-dir",
+    errno.EIO: "the disk may be failing: look into dmesg",
+    errno.EMFILE: "raise the limit with ulimit -n",
+    errno.ENFILE: "close files of other programs, or raise fs.file-max with sysctl",
+}
 
 
 def check_permission(*, allow_other: bool) -> None:

@@ -522,6 +522,8 @@ def _read_blob(files: _Files, descriptor: oci.Descriptor) -> bytes:
 
 def _open_docker(files: _Files, text: str, ref: str) -> Source:
     what = f"manifest.json of {files.path}"
+    if not files.has("manifest.json"):
+        raise BadSource(f"{files.path} is no docker archive: give the path without docker-archive:")
     images = oci.parse_list(_read_document(files, "manifest.json"), what)
     image = _select_docker(images, ref, files.path)
     config_name, layer_names = image.get("Config"), image.get("Layers") or []

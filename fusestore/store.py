@@ -135,7 +135,7 @@ class Store:
                 with store._workspace.lock():
                     forget_former_boot(run)
             store._recover()
-        except PermissionError as error:
+        except (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError) as error:
             reason = f"{error.filename or root} cannot be used ({error.strerror})"
             raise StoreUnusable(f"{reason}: name directories of yours with --store and --run-dir") from error
         return store

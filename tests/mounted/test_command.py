@@ -237,6 +237,31 @@ def test_a_closed_fuse_device_is_explained(unmounted: Mount) -> None:
     _says(done.stderr, "chmod 0666 /dev/fuse")
 
 
+@as_root
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("mount -o remount,ro $PWD/disk; fusestore create busybox", ["Read-only", "mount it writable"]),
+        ("mount -o remount,ro $PWD/disk; fusestore mount mnt", ["Read-only", "mount it writable"]),
+        ("cat /dev/zero > disk/zero; fusestore create busybox", ["No space left", "make room"]),
+        ("cat /dev/zero > disk/zero; fusestore --store disk/new import $1", ["No space left", "make room"]),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_explained(
+    place: Place, images: Images, command: str, words: list[str]
+) -> None:
+    script = f"""
+        mkdir disk; mount -t tmpfs -o size=3m none disk; trap 'umount -l disk' EXIT
+        export FUSESTORE_STORE=$PWD/disk/store
+        fusestore import $1 > /dev/null && {{ {command} 2> error; }} 2> /dev/null; echo $?; cat error >&2
+    """
+    result = place.person.run(
+        "bash", "-c", script, "bash", images.busybox.source, cwd=place.base, env=place.environment
+    )
+    assert result.out.splitlines()[-1] == "1"
+    _says(result.err, *words)
+
+
 @as_user
 def test_why_a_directory_of_roots_cannot_be_mounted_on_is_said(unmounted: Mount) -> None:
     result = unmounted.fusestore("mount", "/mnt")

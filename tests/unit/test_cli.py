@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and how it exits."""
 
 import datetime
+import errno
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from rig.tinyimages import make_layout
 
 from fusestore import cli, daemon
 from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
-from fusestore.mountpoint import check_mountpoint
+from fusestore.mountpoint import check_mountpoint, detach
 from fusestore.store import Store
 
 ID = re.compile(r"[0-9a-f]{64}\n")
@@ -67,6 +69,54 @@ def _fails(outcome: Outcome, *words: str, code: int = 1) -> None:
         assert word in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("import", "/etc/passwd"), ["no sound archive", "save the image again"]),
+        (("import", "/etc"), ["holds no image"]),
+        (("import", "busybox:1"), ["give oci:DIR", "skopeo copy docker://NAME"]),
+        (("import", "docker-archive:image.tar"), ["no docker archive", "without docker-archive:"]),
+        (("import", "oci", "--name", "a b"), ["'a b' cannot name an image"]),
+        (("import", "oci", "--store", "/etc"), ["neither empty nor a store"]),
+        (("import", "oci", "--store", "/proc/none"), ["/proc/none", "--store"]),
+        (("import", "oci", "--store", "file/none"), ["file/none", "another directory"]),
+        (("images", "--run-dir", "file"), ["file cannot be used", "--run-dir"]),
+        (("images", "--run-dir", "file/none"), ["file/none cannot be used", "--run-dir"]),
+        (("images", "--run-dir", "/proc/none"), ["/proc/none cannot be used", "--run-dir"]),
+        (("create", "app", "a/b"), ["'a/b' cannot name a container"]),
+        (("create", "app", "x", "--name", ".."), ["'..' cannot name a container"]),
+        (("mount", "file"), ["not a directory"]),
+        (("mount", "/proc"), ["mount point already", "choose another"]),
+        (("mount", "."), ["lie in each other", "choose another"]),
+        (("umount", "file"), ["no mount of this store"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    run: Run, stored: str, tmp_path: Path, arguments: tuple[str, ...], words: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with tarfile.open(tmp_path / "image.tar", "w") as archive:
+        archive.add(tmp_path / "oci", ".")
+    _fails(run(*arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EROFS, "mount it writable"),
+        (errno.EIO, "dmesg"),
+        (errno.EMFILE, "ulimit -n"),
+    ],
+)
+def test_errors_of_the_system_come_with_advice(number: int, advice: str) -> None:
+    assert daemon.describe(OSError(number, os.strerror(number), "/x")).startswith(
+        f"/x: {os.strerror(number)}: "
+    )
+    assert advice in daemon.describe(OSError(number, os.strerror(number)))
+
+
 def test_every_command_has_help(run: Run) -> None:
     listed = run("--help").out
     for name in ("mount", "umount", "import", "images", "containers", "create", "rm", "start", "stop"):
@@ -97,6 +147,8 @@ def test_version_is_printed(run: Run) -> None:
         ("mount", "--cache-size", "-1", "/"),
         ("images", "--store", ""),
         ("--run-dir=", "images"),
+        ("mount", ""),
+        ("umount", ""),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_2(run: Run, arguments: tuple[str, ...]) -> None:
@@ -507,6 +559,16 @@ def test_a_closed_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "fuse").touch()
     with pytest.raises(AccessDenied, match="chmod 0666"):
         daemon.check_permission(allow_other=False)
+
+
+def test_a_plain_user_without_fusermount3_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(daemon, "_FUSE_DEVICE", os.devnull)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FusestoreError, match="apt-get install fuse3"):
+        daemon.check_permission(allow_other=False)
+    with pytest.raises(FusestoreError, match="apt-get install fuse3"):
+        detach("/nowhere")
 
 
 def test_a_missing_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

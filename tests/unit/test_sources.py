@@ -387,7 +387,7 @@ def test_a_fifo_does_not_hold_us(tmp_path: Path) -> None:
         ("{}/file", "holds no image|no sound archive"),
         ("oci:{}/dir", "no OCI image layout"),
         ("oci-archive:{}/file", "no OCI image layout|no sound archive"),
-        ("docker-archive:{}/file", "is missing|no sound archive"),
+        ("docker-archive:{}/file", "no docker archive|no sound archive"),
         ("/dev/null", "no regular file"),
     ],
 )
