@@ -190,3 +190,31 @@ def test_layers_change_the_same_after_export_deletion_and_import(fresh: Mount) -
     fresh.sh("stat images/three").fails_with(errno.ENOENT)
     fresh.fusestore("import", copy).ok()
     assert _changes(fresh, "three") == _CHANGES
+
+
+_WORK = (
+    """
+    touch file1 file2 file3; mkdir dir1 dir2 dir3 dir7 dir8 dir9; mkdir -p dir4/sub dir5/sub dir6/sub
+    touch dir7/file4 dir8/file5 dir9/file6
+    """,
+    """
+    rm file1 file2 dir7/file4 dir8/file5; rmdir dir1 dir2 dir7 dir8; rmdir -p dir4/sub dir5/sub
+    touch second1; mkdir -p dir10 dir11/sub dir12; touch dir12/second2
+    """,
+    "touch file1; mkdir -p dir1 dir4/sub dir7 dir3/third/deep; touch dir7/file4",
+)
+_SIGNS = {"add": "A", "delete": "D", "modify": "C"}
+
+
+def test_three_rounds_of_work_are_the_same_changes_by_diff_and_by_layer(fresh: Mount) -> None:
+    _import(fresh, "round0", [])
+    for number, work in enumerate(_WORK):
+        fresh.fusestore("create", f"round{number}", f"c{number}").ok()
+        fresh.sh(f"cd containers/c{number}/rootfs; {work}").ok()
+        signs = [line[0] for line in fresh.fusestore("diff", f"c{number}").ok().splitlines()]
+        assert {kind: signs.count(sign) for kind, sign in _SIGNS.items()} == _CHANGES[number]
+        fresh.fusestore("commit", f"c{number}", f"round{number + 1}").ok()
+    assert _changes(fresh, "round3") == _CHANGES
+    assert _names(fresh.person.call(snapshot, fresh.containers / "c2/rootfs")) == _names(
+        fresh.person.call(snapshot, fresh.images / "round3/rootfs")
+    )
