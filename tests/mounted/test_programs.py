@@ -312,7 +312,7 @@ def test_rsync_both_ways_changes_nothing_the_second_time(
     into = f"containers/{container}/rootfs"
     for source, target in ((corners, plain), (plain, into)):
         rsync = "rsync -aHAX --numeric-ids --delete $1/ $2"
-        mounted.sh(rsync, source, target).ok()
+        mounted.sh(rsync, source, target, deadline_s=120).ok()
         assert mounted.sh(f"{rsync} --itemize-changes", source, target).ok() == ""
         _same(mounted, source, target)
 
@@ -327,7 +327,7 @@ def test_tar_both_ways_finds_no_difference(mounted: Mount, corners: str, plain: 
             options="$options --warning=no-timestamp"  # a file from before 1970
             tar $options -cf "$3" -C "$1" . && tar $options -xpf "$3" -C "$2" || exit 1
             for tree in "$1" "$2"; do tar $options --compare -f "$3" -C "$tree" || exit 1; done
-        """, source, target, mounted.base / "tar").ok()  # fmt: skip
+        """, source, target, mounted.base / "tar", deadline_s=120).ok()  # fmt: skip
         _same(mounted, source, target)
 
 
@@ -338,7 +338,7 @@ def test_cp_both_ways_makes_equal_trees(mounted: Mount, corners: str, plain: Pat
     for source, target in ((corners, plain), (plain, into)):
         # diff has no other words for two devices than that they are what they are.
         options = "-r --no-dereference --exclude=null --exclude=loop --exclude=wide --exclude=fifo"
-        mounted.sh(f"cp -aT $1 $2 && diff {options} $1 $2", source, target).ok()
+        mounted.sh(f"cp -aT $1 $2 && diff {options} $1 $2", source, target, deadline_s=120).ok()
         _same(mounted, source, target)
 
 
