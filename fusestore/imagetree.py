@@ -36,6 +36,9 @@ from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ImageTree"]
 
+_MADE_MAX = 64
+"""Directories that hold no name yet: a daemon's memory is what they take, and ``cp -r`` makes any number."""
+
 _METADATA = b"metadata.json"
 _DOCUMENTS = (b"manifest.json", b"config.json")
 _IMAGE_NAMES = (*_DOCUMENTS, _METADATA, b"rootfs", b"layers")
@@ -462,6 +465,10 @@ class ImageTree(Branch):
         with contextlib.suppress(errors.NotFound):
             self._lookup_name(directory, os.fsdecode(name))
             raise errors.Exists(f"images/{full_name} is there")
+        if len(self._made) >= _MADE_MAX:
+            raise errors.NoSpace(
+                f"at most {_MADE_MAX} directories in images/ may be without a name of an image"
+            )
         self._made.add(f"{full_name}/")
         return self._name_dir(f"{full_name}/")
 

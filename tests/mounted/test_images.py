@@ -191,6 +191,11 @@ def test_mkdir_makes_a_place_for_names(fresh: Mount) -> None:
     fresh.sh("stat images/empty").fails_with(errno.ENOENT)
 
 
+def test_places_without_a_name_are_few(fresh: Mount) -> None:
+    fresh.sh("for i in $(seq 65); do mkdir images/d$i || exit; done").fails_with(errno.ENOSPC)
+    fresh.sh("ln -s busybox images/d1/a && mkdir images/d65").ok()
+
+
 def test_a_directory_of_names_cannot_be_moved(fresh: Mount) -> None:
     fresh.sh("mkdir images/a && ln -s busybox images/a/b").ok()
     fresh.sh("mv images/a images/c").fails_with(errno.EROFS)

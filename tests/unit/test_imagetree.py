@@ -335,6 +335,15 @@ def test_directory_that_was_made_goes_with_rmdir_or_the_mount(shell: TreeShell, 
     assert not shell.exists("images/a")
 
 
+def test_number_of_empty_directories_is_bounded(shell: TreeShell, app: str) -> None:
+    for number in range(64):
+        shell.mkdir(f"images/d{number}")
+    with pytest.raises(errors.NoSpace):
+        shell.mkdir("images/one-more")
+    shell.symlink(app, "images/d0/new")
+    shell.mkdir("images/one-more")
+
+
 @pytest.mark.parametrize("name", ["default", "localhost", "localhost/app:1"])
 def test_mkdir_of_what_is_there(shell: TreeShell, name: str) -> None:
     with pytest.raises(errors.Exists):
