@@ -199,6 +199,7 @@ class ContainerDir(Node):
         self.id = new_id
         self._rundir = None
         self._version = None
+        self._document = None  # it says the id
 
     def attr(self) -> Attr:
         """Raises Stale when it was deleted."""

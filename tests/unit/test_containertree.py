@@ -532,6 +532,13 @@ def test_mv_renames_a_container(shell: TreeShell) -> None:
     assert (shell.ls("containers"), document(shell, "d")["id"]) == (["d"], "d")
 
 
+def test_mv_renames_the_id_in_a_document_that_was_seen(shell: TreeShell) -> None:
+    with shell.walk("containers/c"):
+        assert document(shell)["id"] == "c"
+        shell.rename("containers/c", "containers/d")
+        assert document(shell, "d")["id"] == "d"
+
+
 def test_mv_keeps_the_directory_the_kernel_knows(shell: TreeShell) -> None:
     with shell.walk("containers/c") as entry:
         shell.rename("containers/c", "containers/d")
