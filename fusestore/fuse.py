@@ -136,7 +136,9 @@ class Filesystem(pyfuse3.Operations):
             return _encode_absence(timeout_s)
 
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
-        self.tree.forget(inode_list)
+        unknown = self.tree.forget(inode_list)
+        if unknown:
+            _log.warning("forgotten more often than looked up: inodes %s; this is a bug", unknown)
 
     @_bounded
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:

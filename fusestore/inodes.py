@@ -328,14 +328,24 @@ class Inodes:
         if new.lookups:
             self._held[new.ino] = new
 
-    def forget(self, ino: int, count: int) -> None:
+    def forget(self, ino: int, count: int) -> bool:
+        """The kernel's count sinks. False: it was not that high, so somebody has counted wrong."""
         node = self._held.get(ino)
-        if node is None or ino == ROOT_INODE:
-            return
+        if ino == ROOT_INODE:
+            return True
+        if node is None:
+            return False
         node.lookups -= count
-        if node.lookups <= 0:
-            del self._held[ino]
-            node.branch.forgotten(node)
+        if node.lookups > 0:
+            return True
+        del self._held[ino]
+        node.branch.forgotten(node)
+        return node.lookups == 0
+
+    @property
+    def lookups(self) -> int:
+        """What the kernel has been told of and has not forgotten, and what is held by `remember` besides."""
+        return sum(node.lookups for node in self._held.values())
 
 
 class Handles:

@@ -146,7 +146,7 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
         trio.run(_serve, record, store, tree, trash, departure, ready)
-    _log.info("unmounted %s", mountpoint)
+    _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
 
 
 def _init(filesystem: Filesystem, mountpoint: str, allow_other: bool) -> int:

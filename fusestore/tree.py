@@ -81,6 +81,7 @@ class Tree:
         for node in (self.root, *branch.children.values()):
             # Held for ever: the kernel's counts come on top of this one.
             self.inodes.remember(node)
+        self._held = self.inodes.lookups
 
     # Names
 
@@ -109,10 +110,17 @@ class Tree:
             return self._images.root.ino, name
         return None
 
-    def forget(self, counts: Iterable[tuple[int, int]]) -> None:
-        """`counts`: inode number, and by how much the kernel's count sinks. Unknown ones are no error."""
-        for ino, count in counts:
-            self.inodes.forget(ino, count)
+    def forget(self, counts: Iterable[tuple[int, int]]) -> list[int]:
+        """`counts`: inode number, and by how much the kernel's count sinks.
+
+        What the kernel was not told of so often is returned; there should be none.
+        """
+        return [ino for ino, count in counts if not self.inodes.forget(ino, count)]
+
+    @property
+    def lookups(self) -> int:
+        """The sum of the kernel's counts; 0 when it has forgotten all but the root."""
+        return self.inodes.lookups - self._held
 
     def readlink(self, ino: int) -> Maybe[bytes]:
         node = self.inodes.node(ino)
