@@ -41,6 +41,7 @@ from .nodes import Digest
 from .seek import Compression, FilePath, SeekTable, SpanCutter
 from .spancache import SpanCache, SpanFile
 from .streams import HEAD, Decoder, GzipDecoder, PlainDecoder, RunDecoder, ZstdDecoder, detect
+from .syscalls import pread_now
 from .tar import TarLimits, TarScanner
 
 if TYPE_CHECKING:
@@ -231,9 +232,9 @@ class LayerReader(ABC):
 
     @abstractmethod
     def read_now(self, offset: int, length: int) -> bytes | None:
-        """As `read`, where that takes no decompression and no waiting for another thread; else None.
+        """As `read`, where that takes no decompression and no waiting for disk or thread; else None.
 
-        For an event loop: it costs one pread. Raises as `read` does.
+        For an event loop: it costs one pread.
         """
 
     @abstractmethod
@@ -298,8 +299,12 @@ def _open_blob(path: FilePath) -> int:
 class _PlainReader(LayerReader):
     """The blob is the tar."""
 
-    def read_now(self, offset: int, length: int) -> bytes:
-        return self.read(offset, length)
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        data = pread_now(self._blob_fd, length, offset)
+        return None if data is None or len(data) < length else data
 
     def read(self, offset: int, length: int) -> bytes:
         length = min(length, self.size - offset)
@@ -339,7 +344,7 @@ class _SpanReader(LayerReader):
         end = min(offset + length, self.size)
         if offset >= end:
             return b""
-        return self._cached.read(offset, end)
+        return self._cached.read(offset, end, waits=False)
 
     def read(self, offset: int, length: int) -> bytes:
         end = min(offset + length, self.size)

@@ -25,6 +25,7 @@ from .blobs import LayerReader
 from .errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
 from .inodes import FOREVER_S, Branch, Caller, Closable, FileHandle, Inodes, Maybe, Node, Steps
 from .nodes import Attr, Extent, Inode, Xattrs
+from .syscalls import pread_now
 from .union import Lower, Ref, Stack, over
 from .upper import Upper
 
@@ -214,7 +215,8 @@ class OpenFile(FileHandle):
         if self._fd < 0 and self.node.in_upper:
             self._fd = self.branch.reopen(self.node, os.O_RDONLY)
         if self._fd >= 0:
-            return os.pread(self._fd, size, offset)
+            data = pread_now(self._fd, size, offset)
+            return self._read_upper(offset, size) if data is None else data
         size = min(size, self._size - offset)
         if size <= 0:
             return b""
@@ -224,6 +226,10 @@ class OpenFile(FileHandle):
             data = self._reader.read_now(source, size)
             return self._read_decoded(source, size) if data is None else data
         return self._read_sparse(offset, size)
+
+    def _read_upper(self, offset: int, size: int) -> Steps[bytes]:
+        data: bytes = yield lambda: os.pread(self._fd, size, offset)
+        return data
 
     def _read_decoded(self, source: int, size: int) -> Steps[bytes]:
         data: bytes = yield lambda: self._reader.read(source, size)

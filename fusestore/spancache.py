@@ -31,7 +31,7 @@ from isal.isal_zlib import crc32
 
 from .seek import FilePath, SeekTable
 from .streams import RunDecoder
-from .syscalls import punch_hole
+from .syscalls import pread_now, punch_hole
 
 __all__ = ["PARKED_MAX", "SpanCache", "SpanFile"]
 
@@ -237,8 +237,11 @@ class SpanFile:
             self._cache._add_dormant(self._path, left)
         os.close(fd)
 
-    def read(self, offset: int, end: int) -> bytes | None:
-        """Bytes `offset` to `end` (at least one, all in the tar), or None unless all their spans are held."""
+    def read(self, offset: int, end: int, *, waits: bool = True) -> bytes | None:
+        """Bytes `offset` to `end` (at least one, all in the tar), or None unless all their spans are held.
+
+        With `waits` false also None where it would have to wait for the disk.
+        """
         table = self._table
         first = table.find(offset)
         after = first + 1 if end <= table.starts[first + 1] else table.find(end - 1) + 1
@@ -246,10 +249,11 @@ class SpanFile:
         if None in held:
             return None
         try:
-            data = os.pread(self._fd, end - offset, offset)
+            read = os.pread if waits else pread_now
+            data = read(self._fd, end - offset, offset)
         except OSError:
             return None  # The blob has it too.
-        if len(data) != end - offset or self._held[first:after] != held:
+        if data is None or len(data) != end - offset or self._held[first:after] != held:
             return None
         self._cache._touch(held)
         return data

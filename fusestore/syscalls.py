@@ -1,6 +1,7 @@
 """Linux system calls that the standard library lacks, typed. Blocking. errno becomes OSError, here only."""
 
 import ctypes
+import errno
 import os
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "RENAME_WHITEOUT",
     "groups_of",
     "mount",
+    "pread_now",
     "punch_hole",
     "renameat2",
     "syncfs",
@@ -46,6 +48,25 @@ def _check(result: int, what: bytes) -> None:
 def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int = 0) -> None:
     """renameat2(2): `flags` of RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT."""
     _check(_libc.renameat2(old_dir, old_name, new_dir, new_name, flags), old_name)
+
+
+def pread_now(fd: int, size: int, offset: int) -> bytes | None:
+    """As os.pread from a regular file, up to `size` or the end of file; None where that waits for a disk.
+
+    A file system that cannot tell is waited for: it is mostly tmpfs, which never takes long.
+    """
+    buffer = bytearray(size)
+    try:
+        count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return os.pread(fd, size, offset)
+        raise
+    if count < size and offset + count < os.fstat(fd).st_size:
+        return None
+    return bytes(memoryview(buffer)[:count])
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from rig.ocisources import tar_of
+from rig.pages import drop_pages
 from rig.stores import fail_to_open
 from rig.streams import STREAMS, content
 
@@ -255,9 +256,27 @@ def test_read_now_gives_what_was_decoded_and_nothing_else(layer, name):
     reader.close()
 
 
-def test_read_now_of_a_plain_tar_always_answers(layer):
-    reader = layer("plain").open(SpanCache(0))
+def test_read_now_of_a_plain_tar_gives_what_is_in_memory(layer):
+    made = layer("plain")
+    reader = made.open(SpanCache(0))
     assert reader.read_now(100, 3_000_000) == TAR[100:3_000_100]
+    with open(made.path, "rb") as blob:
+        drop_pages(blob.fileno())
+    assert reader.read_now(100, 10) is None
+    assert reader.read(100, 3_000_000) == TAR[100:3_000_100]
+    assert reader.read_now(100, 10) == TAR[100:110]
+    reader.close()
+
+
+@pytest.mark.parametrize("name", SEEKABLE)
+def test_read_now_does_not_wait_for_the_cache(layer, name):
+    made = layer(name)
+    reader = made.open(SpanCache(LARGE))
+    reader.read(100, 10)
+    with open(made.place / "cache", "rb") as cache:
+        drop_pages(cache.fileno())
+    assert reader.read_now(100, 10) is None
+    assert reader.read(100, 10) == TAR[100:110]
     reader.close()
 
 

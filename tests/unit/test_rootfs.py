@@ -5,10 +5,12 @@ import gc
 import os
 import stat
 from collections.abc import Callable, Iterator
+from types import GeneratorType
 from typing import Any
 
 import pytest
 from rig.layers import MTIME_NS, Layer, Member, directory, file, hard_link, layer, symlink, whiteout
+from rig.pages import drop_pages
 from rig.treecalls import CALLER, Area, FakeKernel
 
 from fusestore.errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
@@ -240,6 +242,18 @@ def test_a_handle_follows_its_file_into_the_upper(kernel: FakeKernel) -> None:
     assert kernel.held(1) == (2, b"content b")
     kernel.write(b"d/l", 8, b"new")
     assert kernel.held(1) == (2, b"content new")
+
+
+def test_an_upper_file_that_is_not_in_memory_is_read_in_steps(area: Area, kernel: FakeKernel) -> None:
+    kernel.write(b"b", 0, b"CONTENT")
+    handle = run(kernel.rootfs.open(kernel.node(b"b"), os.O_RDONLY, CALLER))
+    assert handle.read(0, 100) == b"CONTENT b"
+    with open(area.diff / "b", "rb") as file:
+        drop_pages(file.fileno())
+    steps = handle.read(0, 100)
+    assert isinstance(steps, GeneratorType)
+    assert run(steps) == b"CONTENT b"
+    handle.close()
 
 
 def test_directories_are_not_opened_as_files(kernel: FakeKernel) -> None:
