@@ -1,5 +1,7 @@
 """How fast, and how large, beside the peers: ``python tests/bench/bench.py`` prints a table of ratios.
 
+With words behind it, only the parts of these names (`PARTS`): ``bench.py memory rootfs``.
+
 Every work is done by fusestore and by its peer in the same run, alternating, ROUNDS times; a ratio is median
 by median, below 1 is for fusestore. Absolute times depend on the machine and mean little. Needs root, the
 images of the tests (`rig.images`) and fuse-overlayfs. Cold: caches dropped and all mounted anew before it.
@@ -8,7 +10,9 @@ The peers work on the image as umoci unpacked it: what unpacking costs is a row 
 """
 
 import contextlib
+import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -18,13 +22,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from isal import isal_zlib
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rig.images import Image, Images, make_images
+from rig.ocisources import OCI, SourceMaker, digest, tar_of
 
 ROUNDS = 5
 CONTAINERS = 10_000
 FILES = 500
 OPENS = 2_000
+LARGE, LARGE_ROUNDS = 1 << 30, 3
+"""Bytes of a file that is read while other things are done, and how often."""
+SMALL_FILES = 20_000
+FEW, MANY = 1_000, 200_000
+"""Files in a directory."""
 
 COMMAND = [sys.executable, "-m", "fusestore"]
 PLAIN_LOOP = "import trio, fusestore.mount as m, fusestore.cli as c; m._stand_in = lambda _: trio; c.main()"
@@ -81,6 +93,11 @@ class Fusestore:
                 if all(word in process.read_bytes().split(b"\0") for word in words):
                     return int(process.parent.name)
         raise RuntimeError("the daemon is not there")
+
+    def spent(self) -> float:
+        """Seconds of processor time of the daemon so far."""
+        fields = Path(f"/proc/{self.pid()}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
         for line in Path(f"/proc/{self.pid()}/status").read_text().splitlines():
@@ -303,6 +320,120 @@ def bench_loop(base: Path, images: Images) -> None:
         )
 
 
+def make_large_image(path: Path) -> Image:
+    """Two gzip layers, each with a file of LARGE bytes; in the upper one besides many empty ones."""
+    chance = random.Random(1)
+    words = [b"%x" % chance.getrandbits(32) for _ in range(5_000)]
+    text = b" ".join(chance.choices(words, k=150_000))[: 1 << 20]
+    small = {f"small/{number}": b"" for number in range(SMALL_FILES)}
+    contents = [{"lower": text * (LARGE >> 20)}, {"upper": text * (LARGE >> 20), **small}]
+    maker, layers, diff_ids = SourceMaker(), [], []
+    for content in contents:
+        tar = tar_of(content)
+        diff_ids.append(digest(tar))
+        gzip = isal_zlib.compress(tar, 1, wbits=31)
+        layers.append(maker.blob(gzip, OCI + "layer.v1.tar+gzip"))
+    config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    manifest = {
+        "schemaVersion": 2,
+        "config": maker.blob(json.dumps(config).encode(), OCI + "config.v1+json"),
+        "layers": layers,
+    }
+    maker.manifests.append(maker.blob(json.dumps(manifest).encode(), OCI + "manifest.v1+json"))
+    maker.manifests[0]["annotations"] = {"org.opencontainers.image.ref.name": "large"}
+    maker.directory(path)
+    return Image(path, "large", path, 2)
+
+
+def bench_concurrency(base: Path, images: Images) -> None:
+    place = Fusestore(base / "concurrency", make_large_image(base / "large-image"))
+    place.load()
+    place.mount()
+
+    def cool() -> None:
+        place.umount()
+        place.forget()
+        drop_caches()
+        place.mount()
+        os.stat(place.rootfs / "lower")
+
+    def read(*names: str) -> list[subprocess.Popen[bytes]]:
+        return [subprocess.Popen(["dd", "bs=1M", "of=/dev/null", f"if={place.rootfs}/{name}", "status=none"])
+                for name in names]  # fmt: skip
+
+    def stat_while(readers: list[subprocess.Popen[bytes]], count: int) -> list[float]:
+        """Seconds of each lstat of a file that the kernel does not know yet."""
+        times: list[float] = []
+        while len(times) < count and all(reader.poll() is None for reader in readers):
+            path = place.rootfs / f"small/{len(times)}"
+            times.append(timed(lambda path=path: os.lstat(path)))  # type: ignore[misc]
+            time.sleep(0.001)
+        return times
+
+    ratios, late = [], []
+    for _ in range(LARGE_ROUNDS):
+        cool()
+        idle = stat_while([], 1_000)
+        cool()
+        readers = read("lower")
+        busy = stat_while(readers, SMALL_FILES)
+        readers[0].kill()
+        readers[0].wait()
+        ratios.append(statistics.median(busy) / statistics.median(idle))
+        late.append(statistics.quantiles(busy, n=20)[-1] / statistics.median(idle))
+    row(
+        "lstat of a file while 1 GiB is read from a gzip layer, cold",
+        "while nothing is read",
+        statistics.median(ratios),
+        f"at most 5; 5 of 100 take longer than {statistics.median(late):.0f}",
+    )
+
+    alone, together, cores = [], [], []
+    for _ in range(LARGE_ROUNDS):
+        for names, times in ((["lower"], alone), (["lower", "upper"], together)):
+            cool()
+            before = place.spent()
+            seconds = timed(lambda names=names: [reader.wait() for reader in read(*names)])  # type: ignore[misc]
+            times.append(seconds)
+        cores.append((place.spent() - before) / seconds)
+    row(
+        "reads of 1 GiB from each of two gzip layers at once, cold",
+        "one of them alone",
+        statistics.median(together) / statistics.median(alone),
+        f"{statistics.median(cores):.2f} cores busy",
+    )
+    place.umount()
+
+
+def bench_directory(base: Path, images: Images) -> None:
+    place = Fusestore(base / "directory", images.busybox)
+    place.load()
+    place.mount()
+
+    def work(count: int) -> dict[str, float]:
+        """Seconds for each file."""
+        directory = place.rootfs / f"d{count}"
+        directory.mkdir()
+        paths = [directory / str(number) for number in range(count)]
+        works = {
+            "create": lambda: [os.close(os.open(path, os.O_CREAT | os.O_WRONLY)) for path in paths],
+            "list": lambda: os.listdir(directory),
+            "lstat": lambda: [os.lstat(path) for path in paths],
+            "remove": lambda: [os.unlink(path) for path in paths],
+        }
+        times = {name: timed(work) / count for name, work in works.items()}
+        directory.rmdir()
+        return times
+
+    work(FEW)  # warm
+    rounds = [work(FEW) for _ in range(ROUNDS)]
+    many = work(MANY)
+    for name, seconds in many.items():
+        few = statistics.median(done[name] for done in rounds)
+        row(f"{name} a file in a directory of {MANY}", f"in one of {FEW}", seconds / few, "at most 3")
+    place.umount()
+
+
 @contextlib.contextmanager
 def mounted(*subjects: Subject) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -312,6 +443,17 @@ def mounted(*subjects: Subject) -> Iterator[None]:
         yield
 
 
+PARTS = {
+    "import": bench_import,
+    "containers": bench_containers,
+    "memory": bench_memory,
+    "rootfs": bench_rootfs,
+    "loop": bench_loop,
+    "concurrency": bench_concurrency,
+    "directory": bench_directory,
+}
+
+
 def main() -> None:
     images = make_images()
     base = Path(
@@ -319,8 +461,8 @@ def main() -> None:
     )
     print("| work | beside | ratio | |\n|---|---|---|---|")
     try:
-        for part in (bench_import, bench_containers, bench_memory, bench_rootfs, bench_loop):
-            part(base, images)
+        for name in sys.argv[1:] or PARTS:
+            PARTS[name](base, images)
     finally:
         shutil.rmtree(base)
 
