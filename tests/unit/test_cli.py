@@ -588,3 +588,30 @@ def test_allow_other_is_read_from_fuse_conf(
     if conf is not None:
         (tmp_path / "fuse.conf").write_text(conf)
     assert daemon._conf_allows_other() is allowed
+
+
+def _shell(script: str) -> str:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script],
+        env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [("fusestore um", ["umount"]), ("fusestore commit --comp", ["--compression"]), ("fusestore nothing", [])],
+)
+def test_bash_completes(words: str, completions: list[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    setup = re.search(r"`(eval .*bash_source fusestore.*)` in", readme)
+    assert setup is not None
+    ask = f"COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}"
+    answer = 'set -- $(complete -p fusestore); "${@: -2:1}" fusestore; printf "%s\\n" "${COMPREPLY[@]}"'
+    assert _shell(f"{setup[1]}; {ask}; {answer}").split() == completions
+
+
+@pytest.mark.parametrize(("shell", "registers"), [("zsh", "compdef"), ("fish", "complete --no-files")])
+def test_other_shells_get_a_completion_script(shell: str, registers: str) -> None:
+    assert registers in _shell(f"_FUSESTORE_COMPLETE={shell}_source fusestore")
