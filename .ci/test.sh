@@ -19,4 +19,4 @@ bin=$FUSESTORE_VENV/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-"$bin/pytest" "$@"
+"$bin/pytest" -n 2 --dist loadgroup "$@"

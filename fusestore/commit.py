@@ -197,7 +197,7 @@ def _write_layer(store: Store, container_id: str, scratch: Scratch, options: Com
 
                 has_changes = export_layer(tree, write, latest_ns)
                 compressor.close()
-                if state_of(tree) != before:
+                if before is None or state_of(tree) != before:
                     continue
         finally:
             os.close(fd)

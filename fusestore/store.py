@@ -434,9 +434,6 @@ class Store:
         """A directory, 0700, that is empty after a reboot; made when first asked for. Raises NotFound."""
         return Path(self._containers.make_rundir(self._containers.resolve(ref)))
 
-    def container_dir(self, container_id: str) -> str:
-        return self._layout.container(container_id)
-
     def upper_dir(self, container_id: str) -> str:
         """Its upper directory, in overlayfs's format."""
         return self._layout.upper(container_id)

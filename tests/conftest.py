@@ -25,6 +25,16 @@ from rig.requirements import need
 P = TypeVar("P", bound=Place)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, one tests as root and one as the plain user: each makes its shared mount once."""
+    for item in items:
+        parameters = (
+            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        )
+        group = parameters.get("person", item.location[0])
+        item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
 @pytest.fixture(scope="session")
 def area() -> Iterator[Path]:
     """A directory that every user may search, on a disk (tmpfs has no user.* xattrs in older kernels)."""

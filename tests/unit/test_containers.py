@@ -23,6 +23,7 @@ from fusestore.errors import (
     NotFound,
     NotPermitted,
 )
+from fusestore.layout import Layout
 from fusestore.store import Store
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -175,7 +176,7 @@ def test_a_deleted_container_leaves_nothing_in_its_run_directory(store: Store) -
 
 def test_anything_can_be_deleted(store: Store) -> None:
     store.create_container(container_id="c")
-    fd = os.open(store.container_dir("c"), os.O_RDONLY)
+    fd = os.open(Layout(store.path).container("c"), os.O_RDONLY)
     for _ in range(1100):
         os.mkdir("d" * 200, dir_fd=fd)
         inner = os.open("d" * 200, os.O_RDONLY, dir_fd=fd)
@@ -391,7 +392,7 @@ def test_a_document_that_cannot_be_read_just_now_is_not_called_damaged(
 
 def test_holding_what_another_process_changes_waits_for_nobody(store: Store) -> None:
     store.create_container(container_id="c")
-    fd = durable.lock_directory(store.container_dir("c"), fcntl.LOCK_EX)
+    fd = durable.lock_directory(Layout(store.path).container("c"), fcntl.LOCK_EX)
     assert fd is not None
     with pytest.raises(Locked):
         store.hold("c")

@@ -15,6 +15,7 @@ from rig.treeshell import CALLER, OWNER, FakeRootfs, TreeShell
 
 from fusestore import errors
 from fusestore.inodes import Caller, Changes, run
+from fusestore.layout import Layout
 from fusestore.mounts import Changed
 from fusestore.scratchfile import SCRATCH_FILES_MAX, SCRATCH_MAX
 from fusestore.store import Store
@@ -121,7 +122,7 @@ def test_container_shows_its_four_parts_document_first(shell: TreeShell) -> None
 def test_listing_reads_no_document(shell: TreeShell, store: Store) -> None:
     for name in ("damaged", "other"):
         store.create_container(container_id=name)
-    Path(store.container_dir("damaged"), "container").write_bytes(b"rubbish")
+    Path(Layout(store.path).container("damaged"), "container").write_bytes(b"rubbish")
     assert shell.ls("containers") == ["c", "damaged", "other"]
 
 
@@ -319,7 +320,7 @@ def test_ftruncate_goes_to_the_handle(shell: TreeShell) -> None:
 
 
 def test_damaged_document_is_an_io_error_of_its_file_only(shell: TreeShell, store: Store) -> None:
-    Path(store.container_dir("c"), "container").write_bytes(b"rubbish")
+    Path(Layout(store.path).container("c"), "container").write_bytes(b"rubbish")
     assert shell.ls("containers/c") == ["metadata.json", *PARTS]
     with pytest.raises(errors.StoreDamaged):
         shell.read(METADATA)
@@ -337,7 +338,7 @@ def unreadable(
 
         monkeypatch.setattr("fusestore.containers.read_file", refuse)
 
-    document = Path(store.container_dir("c"), "container")
+    document = Path(Layout(store.path).container("c"), "container")
     ways: dict[str, Callable[[], object]] = {
         "rubbish": lambda: document.write_bytes(b"rubbish"),
         "missing": document.unlink,
@@ -389,13 +390,13 @@ def test_container_replaced_while_its_document_was_unreadable_is_another(
         shell.stat(METADATA)
         unreadable()
         shell.stat("containers/c")
-        os.rename(store.container_dir("c"), store.container_dir("aside"))
+        os.rename(Layout(store.path).container("c"), Layout(store.path).container("aside"))
         store.create_container(container_id="c")
         assert shell.ino("containers/c/rootfs") != entry.node.ino
 
 
 def test_container_with_a_damaged_document_can_be_removed(shell: TreeShell, store: Store) -> None:
-    Path(store.container_dir("c"), "container").write_bytes(b"rubbish")
+    Path(Layout(store.path).container("c"), "container").write_bytes(b"rubbish")
     shell.rm_r("containers/c")
     assert store.container_ids() == []
 
@@ -499,7 +500,7 @@ def test_others_may_enter_after_a_refused_rm(shell: TreeShell) -> None:
 
 
 def test_rmdir_deletes_at_once(shell: TreeShell, store: Store) -> None:
-    Path(store.container_dir("c"), "workdir/file").write_bytes(b"")
+    Path(Layout(store.path).container("c"), "workdir/file").write_bytes(b"")
     shell.rmdir("containers/c")
     assert (store.container_ids(), shell.exists("containers/c"), shell.deletions) == ([], False, 1)
 

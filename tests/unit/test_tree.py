@@ -13,6 +13,7 @@ from rig.treeshell import CALLER, FakeRootfs, TreeShell
 
 from fusestore import errors
 from fusestore.inodes import ROOT_INODE, Changes, Node, run
+from fusestore.layout import Layout
 from fusestore.nodes import Attr
 from fusestore.scratchfile import ScratchFile, ScratchHandle
 from fusestore.store import Store
@@ -307,7 +308,7 @@ def test_listed_container_is_the_one_lookup_finds(shell: TreeShell) -> None:
 
 def test_listing_containers_does_not_look_into_them(shell: TreeShell, store: Store) -> None:
     for number in range(300):
-        os.mkdir(store.container_dir(f"n{number}"))  # without a document: reading it would fail
+        os.mkdir(Layout(store.path).container(f"n{number}"))  # without a document: reading it would fail
     assert len(shell.ls("containers")) == 301
 
 
