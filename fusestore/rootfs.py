@@ -3,7 +3,8 @@
 An `Object` is one file, directory … of the tree, whether it lies in a layer, in the upper or (a directory) in
 both. Its identity, and with it the inode number, is where its content lies: a reference into a layer or an
 inode of the upper; copy-up moves the object from the one to the other and keeps the number. Numbers are made
-of the place, so that they are the same after the kernel forgot and asked again.
+of the place, of a copy of what it is a copy of, so that they are the same after the kernel forgot and asked
+again.
 
 What a name leads to is always asked of `union.over`; objects hold no list of their children. An object whose
 last name is gone (an orphan) keeps its descriptor and answers until the kernel forgets it.
@@ -454,14 +455,22 @@ class Rootfs(Branch):
         """The one object for what `name` was found to be."""
         thing = self._objects.get(what.key)
         if thing is None or thing.format != what.format:
-            thing = self.object_type(self, self._inodes.number(self._number(what.key)), directory, name, what)
+            thing = self.object_type(self, self._ino(directory, name, what), directory, name, what)
             self._objects[what.key] = thing
             return thing
         if thing.lookups == 0:
             # Its number may have become another's while the kernel did not know it.
-            thing.ino = self._inodes.number(self._number(what.key))
+            thing.ino = self._ino(directory, name, what)
         thing.meet(directory, name)
         return thing
+
+    def _ino(self, directory: Object, name: bytes, what: Resolved) -> Inode:
+        """A number for an object that the kernel does not know: a copy has that of what it is a copy of."""
+        upper = self.opened.upper
+        origin = None
+        if isinstance(what.key, int) and upper is not None:
+            origin = upper.origin(self.descriptor(directory), name)
+        return self._inodes.number(self._number(origin or what.key))
 
     def _number(self, key: Ref | int) -> int | None:
         """An inode number made of the place: 21 bits of tree, 9 of layer, 32 of inode there."""

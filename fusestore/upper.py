@@ -7,7 +7,8 @@ with an O_PATH descriptor goes through /proc/self/fd, which leads to the object 
 The format (fs/overlayfs/, overlayfs.rst): a whiteout is a character device 0:0; an opaque directory has the
 xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``; xattrs of the user's that begin so
 are stored with it twice ("escaped"). Besides, which the kernel does not mind, the root has
-``…overlay.fusestore.moved`` = "y" as soon as fusestore has renamed a directory of the image. Two schemes:
+``…overlay.fusestore.moved`` = "y" as soon as fusestore has renamed a directory of the image, and a copy has
+``…overlay.fusestore.origin`` = "layer:inode there" of what it is a copy of. Two schemes:
 
 * NATIVE, where the process that mounted the store first may chown, mknod and set trusted.*: the prefix is
   ``trusted.overlay.``.
@@ -33,7 +34,7 @@ from . import acl
 from .errors import NoAttribute, NotPermitted, NotSupported, StoreDamaged
 from .nodes import WHITEOUT_RDEV, Attr, Xattrs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
-from .union import UpperEntry
+from .union import Ref, UpperEntry
 
 __all__ = ["Birth", "Found", "Scheme", "Upper", "find_scheme"]
 
@@ -41,6 +42,7 @@ _STAT = b"user.fusestore.stat"
 _FOREIGN = b"user.fusestore.xattr."
 _OWN = b"user.fusestore."
 _MOVED = b"fusestore.moved"
+_ORIGIN = b"fusestore.origin"
 _PLAIN_ACCESS = _FOREIGN + acl.ACCESS
 _PERMISSIONS = 0o7777
 _serial = itertools.count()
@@ -267,6 +269,21 @@ class Upper:
         """The directory merges with the lower one at `path`, which is absolute in the image."""
         os.setxattr(_proc(self.root), self._prefix + _MOVED, b"y")
         os.setxattr(_proc(fd), self._prefix + b"redirect", path)
+
+    def set_origin(self, fd: int, origin: Ref) -> None:
+        """`fd` is a copy of a layer's object. Not kept where that takes an xattr the file cannot have."""
+        with contextlib.suppress(OSError):
+            os.setxattr(_proc(fd), self._prefix + _ORIGIN, b"%d:%d" % origin)
+
+    def origin(self, directory: int, name: bytes) -> Ref | None:
+        """What `set_origin` said of the object `name`."""
+        path = b"%b/%b" % (_proc(directory), name)
+        try:
+            record = os.getxattr(path, self._prefix + _ORIGIN, follow_symlinks=False)
+            layer, ino = map(int, record.split(b":"))
+        except (OSError, ValueError):
+            return None
+        return Ref(layer, ino) if layer >= 0 and ino >= 0 else None
 
     def moved(self) -> list[bytes]:
         """The paths of all directories with a redirect.

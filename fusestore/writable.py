@@ -521,6 +521,7 @@ class WritableRootfs(Rootfs):
             if fd >= 0:
                 os.close(fd)
             raise
+        self._upper.set_origin(fd, thing.stack[0])
         self._objects.pop(thing.key, None)
         thing.key = os.fstat(fd).st_ino
         self._objects[thing.key] = thing

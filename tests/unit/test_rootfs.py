@@ -20,6 +20,7 @@ from fusestore.layerindex import LayerIndex
 from fusestore.nodes import Attr, Extent, Inode, TarEntry
 from fusestore.rootfs import Descriptors, Opened, Rootfs
 from fusestore.union import Lower, Ref
+from fusestore.upper import Scheme
 
 pytestmark = pytest.mark.root
 
@@ -125,6 +126,34 @@ def test_a_number_stays_through_copy_up(kernel: FakeKernel) -> None:
     before = kernel.node(b"d/a").ino
     kernel.write(b"d/a", 0, b"new")
     assert kernel.node(b"d/a").ino == before
+
+
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_a_copys_number_comes_back_after_the_kernel_forgot(scheme: Scheme) -> None:
+    area = Area([layer(*members) for members in _IMAGE], scheme)
+    kernel = area.kernel()
+    paths = [b"d", b"d/a", b"b", b"d/l", *([b"s"] if scheme is Scheme.NATIVE else [])]
+    before = {path: kernel.node(path).ino for path in paths}
+    for path in paths:
+        kernel.utimens(path, 5)
+    kernel.forget()
+    gc.collect()
+    assert {path: kernel.node(path).ino for path in paths} == before
+    kernel.rename(b"d", b"z", 0)
+    kernel.forget()
+    gc.collect()
+    assert kernel.node(b"z/a").ino == before[b"d/a"]
+    kernel.detach()
+    area.close()
+
+
+@pytest.mark.parametrize("record", [b"", b"1", b"x:y", b"-1:5", b"1:2:3", b"0:99999999999999999999"])
+def test_a_damaged_origin_only_costs_the_number(area: Area, kernel: FakeKernel, record: bytes) -> None:
+    kernel.write(b"d/a", 0, b"new")
+    kernel.forget()
+    gc.collect()
+    os.setxattr(area.diff / "d/a", b"trusted.overlay.fusestore.origin", record)
+    assert kernel.node(b"d/a").ino > 0
 
 
 def test_numbers_of_two_trees_differ() -> None:
