@@ -12,6 +12,8 @@ tried again there for a while: so whoever raises that must have changed nothing 
 import contextlib
 import functools
 import logging
+import os
+import stat
 from collections.abc import Awaitable, Callable, Sequence
 from types import GeneratorType
 from typing import Any, TypeVar, cast
@@ -37,6 +39,8 @@ _LOCKED_S = 1.0
 """How long a request waits for a container that another process has locked: a few renames take less."""
 
 _LOCKED_PAUSE_S = 0.01
+
+_EXECUTABLE = 0o111
 
 _log = logging.getLogger("fusestore")
 
@@ -193,6 +197,12 @@ class Filesystem(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         await self._finish(self.tree.removexattr(inode, name))
+
+    @_bounded
+    async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
+        """Asked only in mounts whose modes the kernel does not check: there all but this is allowed."""
+        shown = (await self._finish(self.tree.getattr(inode))).attr.mode
+        return not mode & os.X_OK or stat.S_ISDIR(shown) or bool(shown & _EXECUTABLE)
 
     @_bounded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
