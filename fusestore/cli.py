@@ -14,9 +14,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO, cast
 
 import click
 
@@ -452,20 +453,37 @@ def _source_date_epoch() -> int | None:
 
 @contextmanager
 def _output(path: str) -> Iterator[BinaryIO]:
-    """Standard output for "-", else a file that is there only when it is whole."""
+    """Standard output for "-", else a file that is there only when it is whole.
+
+    What is no regular file, a device or a FIFO, is written to as it is.
+    """
     if path == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    partial = f"{path}.part"
-    try:
-        with open(partial, "xb") as file:
+    real = os.path.realpath(path)
+    if os.path.lexists(real) and not os.path.isfile(real):
+        with open(real, "wb") as file:
             yield file
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
-    os.rename(partial, path)
+        return
+    directory, name = os.path.split(real)
+    if not name or not os.path.isdir(directory):
+        raise BadInput(f"{path!r} cannot be written: name a file in a directory that exists")
+    with NamedTemporaryFile(dir=directory, prefix=f".{name[:100]}.", delete=False) as partial:
+        try:
+            os.chmod(partial.name, 0o666 & ~_umask())
+            yield cast(BinaryIO, partial)
+            partial.flush()
+            os.rename(partial.name, real)
+        except BaseException:
+            os.unlink(partial.name)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @_command

@@ -170,7 +170,7 @@ class Mounts:
             self._ring(name, changed)
         except (FileNotFoundError, ConnectionError):
             pass  # its daemon has gone
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):  # stopped; or too many wait already
             _log.warning("a mount of this store does not answer: it may show %s for a while", changed.name)
 
     def _ring(self, name: str, changed: Changed) -> None:

@@ -364,6 +364,27 @@ def test_an_export_that_fails_leaves_no_file(mounted: Mount) -> None:
     assert not list(mounted.base.glob("none.tar*"))
 
 
+@pytest.mark.parametrize(
+    ("script", "left"),
+    [
+        ("echo kept > all.tar.part; fusestore export $1 -o all.tar; cat all.tar.part", "kept"),
+        ("mkfifo pipe; cat pipe > copy & fusestore export $1 -o pipe; wait; test -s copy; stat -c %F pipe",
+         "fifo"),
+        ("mkdir dir; fusestore export $1 -o dir 2> /dev/null || ls -A . dir | grep -v dir: | xargs", ". dir"),
+        ("touch aim; ln -s aim link; fusestore export $1 -o link; readlink link; test -s aim", "aim"),
+        ("fusestore export $1 -o '' 2> /dev/null; ls -A", ""),
+        ("fusestore export $1 -o none/x 2> /dev/null; ls -A", ""),
+    ],
+)  # fmt: skip
+def test_export_replaces_nothing_but_a_file_of_that_name(
+    mounted: Mount, container: str, script: str, left: str
+) -> None:
+    inside = 'cd "$(mktemp -d ../export-XXXXXX)" && ' + script
+    result = mounted.sh(inside, container)
+    subprocess.run(f"rm -r {mounted.base}/export-*", shell=True, check=True, timeout=30)
+    assert result.out.replace(":", "").strip() == left
+
+
 # podman
 
 

@@ -1,9 +1,11 @@
 """The store as a whole: opening, its run directory, mounts."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,6 +153,22 @@ def test_start_and_stop(store: Store) -> None:
     store.stop_container("c")
     store.stop_container("c")
     assert store.get_container_metadata("c")["mounted"] is False
+
+
+def test_a_mount_that_hears_nobody_fails_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is stopped, and as many wait at its bell as may."""
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(open_at(tmp_path)) for _ in range(2))
+        stack.enter_context(first.record_mount("/mnt/x", os.getpid(), "union"))
+        monkeypatch.chdir(Path(first.run_path, "mounts"))  # unix(7): a path has 108 bytes
+        (bell,) = Path().glob("*.bell")
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                waiting.setblocking(False)
+                waiting.connect(str(bell))
+        second.create_container(container_id="made")
+        assert first.container_ids() == ["made"]
 
 
 def test_a_mount_is_known_until_it_ends(tmp_path: Path, store: Store) -> None:
