@@ -125,6 +125,7 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     mountpoint = os.path.realpath(mountpoint)
+    options = _options(allow_other)
     with contextlib.ExitStack() as stack:
         trash = _Trash(store)
 
@@ -134,14 +135,14 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
             return driver
 
         tree = Tree(store, make_driver, Owner(os.geteuid(), os.getegid()), trash.wake)
-        filesystem = Filesystem(tree, enable_acl="default_permissions" in _options(allow_other))
+        filesystem = Filesystem(tree, enable_acl="default_permissions" in options)
         stack.callback(setattr, pyfuse3, "trio", trio)
         setattr(pyfuse3, "trio", _stand_in(filesystem))  # noqa: B010 - not in its type stubs
         disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, disk)
         stack.callback(_sync, disk)
         departure = _Departure(mountpoint, tree)
-        device = _init(filesystem, mountpoint, allow_other)
+        device = _init(filesystem, mountpoint, options)
         stack.callback(_close, device, departure)
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
@@ -149,12 +150,11 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
     _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
 
 
-def _init(filesystem: Filesystem, mountpoint: str, allow_other: bool) -> int:
+def _init(filesystem: Filesystem, mountpoint: str, options: set[str]) -> int:
     """Mounts. The device of root's mount, which libfuse did not make, and -1 for others.
 
     libfuse and fusermount3 say on standard error why they cannot: that goes into the exception.
     """
-    options = _options(allow_other)
     if os.geteuid() == 0:
         device = attach(mountpoint, options)
         pyfuse3.init(filesystem, f"/dev/fd/{device}", set())
@@ -167,8 +167,8 @@ def _init(filesystem: Filesystem, mountpoint: str, allow_other: bool) -> int:
         return -1
     except RuntimeError as error:
         reasons = os.pread(said, 1 << 12, 0).decode(errors="replace").strip().splitlines() or [str(error)]
-        where = "choose an empty directory of your own" if os.geteuid() else "choose another directory"
-        raise FusestoreError(f"{mountpoint} could not be mounted ({reasons[-1]}): {where}") from None
+        refused = f"{mountpoint} could not be mounted ({reasons[-1]})"
+        raise FusestoreError(f"{refused}: choose an empty directory of your own") from None
     finally:
         os.dup2(own, 2)
         os.close(own)

@@ -154,18 +154,17 @@ def unmount(store: Store, mountpoint: str) -> None:
         if processes:
             if is_mounted(real):
                 detach(real)
-            _wait_for_end(store, mountpoint, processes)
+            _wait_for_end(store, real, processes)
         elif not _clear_dead(mountpoint):
             raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
         syncfs(disk)
 
 
-def _wait_for_end(store: Store, mountpoint: str, processes: list[int]) -> None:
-    real = os.path.realpath(mountpoint)
+def _wait_for_end(store: Store, real: str, processes: list[int]) -> None:
     deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
     while any(record.mountpoint == real for record in store.mounts()):
         if time.monotonic() > deadline:
-            raise Busy(f"{mountpoint} is unmounted but its process still runs: see its log")
+            raise Busy(f"{real} is unmounted but its process still runs: see its log")
         time.sleep(_POLL_S)
     # What served the mount is done; its process has little else to do.
     select.select(processes, [], [], _EXIT_TIMEOUT_S)
