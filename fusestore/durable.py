@@ -106,9 +106,12 @@ def read_file(path: str, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def is_damage(error: OSError) -> bool:
-    """Whether an error in reading a file is about what is there: any other may be over in a moment."""
-    return error.errno in _DAMAGE
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading a file is about what is there: a disk's may be over in a moment.
+
+    What is no OSError was raised by whoever read the content, and is.
+    """
+    return not isinstance(error, OSError) or error.errno in _DAMAGE
 
 
 def open_directory(path: str) -> int:

@@ -126,7 +126,7 @@ class Images:
             if not isinstance(listed, list):
                 raise BadSource("manifests is no list")
         except (OSError, BadSource) as error:
-            if isinstance(error, OSError) and not is_damage(error):
+            if not is_damage(error):
                 raise
             reason = f"{path} is damaged ({error})"
             raise StoreDamaged(

@@ -124,7 +124,7 @@ class LayerFiles:
             if ref.is_compressed:
                 SeekTable(self._layout.seek_table(ref.diff_id, ref.blob), tar_size).close()
         except (OSError, StoreDamaged) as error:
-            if isinstance(error, OSError) and not is_damage(error):
+            if not is_damage(error):
                 raise
             return False
         return True
@@ -154,7 +154,7 @@ class LayerFiles:
         try:
             return self._open_layer(ref)
         except (OSError, StoreDamaged) as error:
-            if isinstance(error, OSError) and not is_damage(error):
+            if not is_damage(error):
                 raise
             self._derive(ref)
             return self._open_layer(ref)
