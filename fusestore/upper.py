@@ -88,15 +88,20 @@ _OTHER_OWNER = 65534
 """Any owner that is not the process's own will do to try out chown."""
 
 
+def _temporary() -> bytes:
+    """A name that is free in the scratch directory."""
+    return b"%x" % next(_serial)
+
+
 def find_scheme(scratch: int) -> Scheme:
     """Try in the directory `scratch` what the native scheme needs."""
-    name = b".scheme"
+    name, device = _temporary(), _temporary()
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=scratch)
     try:
         os.fchown(fd, _OTHER_OWNER, _OTHER_OWNER)
         os.setxattr(fd, Scheme.NATIVE.value + b"opaque", b"n")
-        os.mknod(name + b"-device", stat.S_IFCHR | 0o600, os.makedev(1, 3), dir_fd=scratch)
-        os.unlink(name + b"-device", dir_fd=scratch)
+        os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3), dir_fd=scratch)
+        os.unlink(device, dir_fd=scratch)
     except OSError:
         return Scheme.PLAIN
     finally:
@@ -319,7 +324,7 @@ class Upper:
 
     def make_file(self, directory: int, name: bytes, birth: Birth, replaces: bool) -> int:
         """Create a regular file and open it read-write; `replaces` a whiteout of that name when told so."""
-        home, temporary = (self._scratch, self._temporary()) if replaces else (directory, name)
+        home, temporary = (self._scratch, _temporary()) if replaces else (directory, name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(temporary, flags, 0o600, dir_fd=home)
         try:
@@ -334,7 +339,7 @@ class Upper:
 
     def make_directory(self, directory: int, name: bytes, birth: Birth, replaces: bool) -> None:
         """Create a directory; one that `replaces` a whiteout is opaque, for the whiteout hid a lower one."""
-        temporary = self._temporary()
+        temporary = _temporary()
         os.mkdir(temporary, 0o700, dir_fd=self._scratch)
         try:
             with self._opened(self._scratch, temporary) as fd:
@@ -353,18 +358,18 @@ class Upper:
 
     def make_node(self, directory: int, name: bytes, birth: Birth, rdev: int, replaces: bool) -> None:
         """Create a device, FIFO, socket or (mknod's other use) an empty regular file."""
-        temporary = self._temporary()
+        temporary = _temporary()
         self._mknod(temporary, birth.mode, rdev)
         self._settle(temporary, birth, rdev, directory, name, replaces)
 
     def make_symlink(self, directory: int, name: bytes, target: bytes, birth: Birth, replaces: bool) -> None:
-        temporary = self._temporary()
+        temporary = _temporary()
         os.symlink(target, temporary, dir_fd=self._scratch)
         self._settle(temporary, birth, 0, directory, name, replaces)
 
     def link(self, fd: int, directory: int, name: bytes, replaces: bool) -> None:
         """One more name for the object `fd`."""
-        home, temporary = (self._scratch, self._temporary()) if replaces else (directory, name)
+        home, temporary = (self._scratch, _temporary()) if replaces else (directory, name)
         os.link(_proc(fd), temporary, dst_dir_fd=home, follow_symlinks=True)
         if replaces:
             self._place(temporary, directory, name, replaces)
@@ -392,7 +397,7 @@ class Upper:
             temporary = self._link_whiteout()
             renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
         else:
-            temporary = self._temporary()
+            temporary = _temporary()
             renameat2(directory, name, self._scratch, temporary)
         with self._opened(self._scratch, temporary) as fd:
             self._unlink_whiteouts(fd)
@@ -423,7 +428,7 @@ class Upper:
 
     def _link_whiteout(self) -> bytes:
         """A whiteout in the scratch directory. All are links of one inode, as the kernel's are."""
-        temporary = self._temporary()
+        temporary = _temporary()
         if self._whiteout is not None:
             try:
                 os.link(self._whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
@@ -434,7 +439,7 @@ class Upper:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._whiteout, dir_fd=self._scratch)
                 self._whiteout = None
-        whiteout = self._temporary()
+        whiteout = _temporary()
         os.mknod(whiteout, stat.S_IFCHR, WHITEOUT_RDEV, dir_fd=self._scratch)
         self._whiteout = whiteout
         os.link(whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
@@ -467,7 +472,7 @@ class Upper:
 
     def stage(self) -> tuple[bytes, int]:
         """An empty file in the scratch directory: its name, and a descriptor, the caller's to close."""
-        name = self._temporary()
+        name = _temporary()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return name, os.open(name, flags, 0o600, dir_fd=self._scratch)
 
@@ -523,7 +528,7 @@ class Upper:
             raise
 
     def _stage_copy(self, attr: Attr, xattrs: Xattrs, target: bytes | None) -> bytes:
-        staged = self._temporary()
+        staged = _temporary()
         if target is not None:
             os.symlink(target, staged, dir_fd=self._scratch)
         elif stat.S_ISDIR(attr.mode):
@@ -629,9 +634,6 @@ class Upper:
             if stored.startswith(_OWN) or not stored.startswith(b"user."):
                 return None
         return stored
-
-    def _temporary(self) -> bytes:
-        return b"%x" % next(_serial)
 
     @contextlib.contextmanager
     def _opened(self, directory: int, name: bytes) -> Iterator[int]:
