@@ -17,7 +17,7 @@ from .nodes import Attr
 from .rootfs import Object, Resolved, Rootfs
 from .union import Stack
 
-__all__ = ["Change", "Kind", "changes", "differences"]
+__all__ = ["Change", "Kind", "changes", "differences", "everything"]
 
 
 class Kind(enum.Enum):
@@ -63,8 +63,18 @@ def changes(tree: Rootfs) -> Iterator[Change]:
     has = tree.contents(root)
     kind = Kind.CHANGED if _differs(tree, root, lower.root) or had.keys() != has.keys() else None
     yield Change(b"", kind, root)
-    # Not recursive: a tree may be deeper than Python's stack.
-    levels = [_Level(tree, b"", root, had, has, is_whole=False).changes()]
+    yield from _walk(_Level(tree, b"", root, had, has, is_whole=False))
+
+
+def everything(tree: Rootfs) -> Iterator[Change]:
+    """All of the tree as something new, the root first: what a layer under which there is none mentions."""
+    yield Change(b"", Kind.ADDED, tree.root)
+    yield from _walk(_Level(tree, b"", tree.root, {}, tree.contents(tree.root), is_whole=True))
+
+
+def _walk(top: "_Level") -> Iterator[Change]:
+    """Not recursive: a tree may be deeper than Python's stack."""
+    levels = [top.changes()]
     while levels:
         found = next(levels[-1], None)
         if found is None:

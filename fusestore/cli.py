@@ -12,12 +12,12 @@ import datetime
 import json
 import os
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from tempfile import NamedTemporaryFile
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import click
 
@@ -25,6 +25,7 @@ from . import daemon
 from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout, default_run_dir, default_store_dir
 from .mountpoint import check_mountpoint, unmount
+from .names import is_hex_id
 from .store import Image, Store
 
 __all__ = ["main", "printable"]
@@ -376,10 +377,8 @@ def _diff(places: _Places, ref: str, as_json: bool) -> None:
     from .changes import differences
     from .drivers import snapshot
 
-    with places.open() as store:
-        container_id = store.container_id(ref)
-        with store.hold(container_id), snapshot(store, container_id) as tree:
-            found = [(kind.value, b"/" + path) for kind, path in differences(tree)]
+    with places.open() as store, snapshot(store, store.container_id(ref)) as tree:
+        found = [(kind.value, b"/" + path) for kind, path in differences(tree)]
     if as_json:
         _print_json([{"kind": kind, "path": os.fsdecode(path)} for kind, path in found])
         return
@@ -401,10 +400,12 @@ def _export(places: _Places, ref: str, output: str) -> None:
 
     if output == "-" and sys.stdout.isatty():
         raise click.UsageError("a tar does not go to a terminal: redirect it, or name a file with -o")
-    with places.open() as store:
-        container_id = store.container_id(ref)
-        with store.hold(container_id), snapshot(store, container_id) as tree, _output(output) as file:
-            export_tree(tree, file.write)
+    with (
+        places.open() as store,
+        snapshot(store, store.container_id(ref)) as tree,
+        _output(output) as file,
+    ):
+        export_tree(tree, file.write)
 
 
 @_command
@@ -469,21 +470,15 @@ def _output(path: str) -> Iterator[BinaryIO]:
     directory, name = os.path.split(real)
     if not name or not os.path.isdir(directory):
         raise BadInput(f"{path!r} cannot be written: name a file in a directory that exists")
-    with NamedTemporaryFile(dir=directory, prefix=f".{name[:100]}.", delete=False) as partial:
-        try:
-            os.chmod(partial.name, 0o666 & ~_umask())
-            yield cast(BinaryIO, partial)
-            partial.flush()
-            os.rename(partial.name, real)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    partial = os.path.join(directory, f".{name[:100]}.{secrets.token_hex(8)}")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+        os.rename(partial, real)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
 
 
 @_command
@@ -533,7 +528,7 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _short(made_up_id: str) -> str:
-    return made_up_id[:_SHORT_ID] if re.fullmatch("[0-9a-f]{64}", made_up_id) else made_up_id
+    return made_up_id[:_SHORT_ID] if is_hex_id(made_up_id) else made_up_id
 
 
 def _image_time(text: str) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import zstandard
@@ -31,6 +32,7 @@ from .names import digest_hex, parse_image_name
 from .nodes import Digest
 from .sources import machine_architecture
 from .store import Store
+from .tarwriter import Sink
 
 __all__ = ["COMPRESSIONS", "CommitOptions", "commit"]
 
@@ -70,28 +72,25 @@ class _Compressor(Protocol):
 class _Frames:
     """zstd, a frame for each `_FRAME` bytes."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
         self._pending = bytearray()
         self._compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
 
     def write(self, data: bytes, /) -> None:
         self._pending += data
         while len(self._pending) >= _FRAME:
-            write_all(self._fd, self._compressor.compress(self._pending[:_FRAME]))
+            self._sink(self._compressor.compress(self._pending[:_FRAME]))
             del self._pending[:_FRAME]
 
     def close(self) -> None:
         if self._pending:
-            write_all(self._fd, self._compressor.compress(self._pending))
+            self._sink(self._compressor.compress(self._pending))
 
 
 class _Plain:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def write(self, data: bytes, /) -> None:
-        write_all(self._fd, data)
+    def __init__(self, sink: Sink) -> None:
+        self.write = sink
 
     def close(self) -> None:
         pass
@@ -100,18 +99,36 @@ class _Plain:
 class _Gzip:
     """Neither a name nor a time is in its header."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
         self._deflate = zlib_ng.compressobj(_GZIP_LEVEL, wbits=31)
 
     def write(self, data: bytes, /) -> None:
-        write_all(self._fd, self._deflate.compress(data))
+        self._sink(self._deflate.compress(data))
 
     def close(self) -> None:
-        write_all(self._fd, self._deflate.flush())
+        self._sink(self._deflate.flush())
 
 
-COMPRESSIONS: dict[str, Callable[[int], _Compressor]] = {"gzip": _Gzip, "zstd": _Frames, "none": _Plain}
+COMPRESSIONS: dict[str, Callable[[Sink], _Compressor]] = {"gzip": _Gzip, "zstd": _Frames, "none": _Plain}
+
+
+class _Digester:
+    """Passes on what is written, and knows its size and digest."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        self._hash.update(data)
+        self.size += len(data)
+        self._sink(data)
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(f"sha256:{self._hash.hexdigest()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +203,12 @@ def _write_layer(store: Store, container_id: str, scratch: Scratch, options: Com
         name = f"layer-{attempt}"
         fd = scratch.create(name)
         try:
+            blob = _Digester(partial(write_all, fd))
+            compressor = COMPRESSIONS[options.compression](blob.write)
+            content = _Digester(compressor.write)
             with snapshot(store, container_id) as tree:
                 before = state_of(tree)
-                compressor = COMPRESSIONS[options.compression](fd)
-                content = hashlib.sha256()
-
-                def write(data: bytes, out: _Compressor = compressor, content: Any = content) -> None:
-                    content.update(data)
-                    out.write(data)
-
-                has_changes = export_layer(tree, write, latest_ns)
+                has_changes = export_layer(tree, content.write, latest_ns)
                 compressor.close()
                 if before is None or state_of(tree) != before:
                     continue
@@ -203,16 +216,10 @@ def _write_layer(store: Store, container_id: str, scratch: Scratch, options: Com
             os.close(fd)
         if not has_changes:
             return None
-        blob, size = _digest_of(scratch.join(name))
-        os.rename(scratch.join(name), scratch.join(f"blobs/sha256/{digest_hex(blob)}"))
-        descriptor = oci.Descriptor(oci.LAYER_TYPES[options.compression], blob, size)
-        return _Layer(descriptor, Digest("sha256:" + content.hexdigest()))
+        os.rename(scratch.join(name), scratch.join(f"blobs/sha256/{digest_hex(blob.digest)}"))
+        descriptor = oci.Descriptor(oci.LAYER_TYPES[options.compression], blob.digest, blob.size)
+        return _Layer(descriptor, content.digest)
     raise Busy(f"container {container_id} is being written to: commit it when that has ended")
-
-
-def _digest_of(path: str) -> tuple[Digest, int]:
-    with open(path, "rb", buffering=0) as file:
-        return Digest("sha256:" + hashlib.file_digest(file, "sha256").hexdigest()), file.tell()
 
 
 def _write_layout(scratch: Scratch, config: dict[str, Any], layers: Sequence[oci.Descriptor]) -> None:

@@ -136,13 +136,14 @@ def _agreed_scheme(store: Store, scratch: int) -> Scheme:
 
 @contextlib.contextmanager
 def snapshot(store: Store, container_id: str) -> Iterator[Rootfs]:
-    """A container's rootfs, opened without a mount, for reading. Valid until the context ends.
+    """A container's rootfs, opened without a mount, for reading. Valid until the context ends, and until then
+    the container cannot be deleted. Raises NotFound, Locked.
 
     What was written through a mount until now is in it, also what that mount's kernel still has in its cache.
     """
     store.write_back()
     inodes = Inodes()
-    with contextlib.closing(UnionDriver(store, inodes)) as driver:
+    with store.hold(container_id), contextlib.closing(UnionDriver(store, inodes)) as driver:
         tree = driver.container_as_it_is(container_id, Node(Branch(), ROOT_INODE))
         tree.open_now()
         try:

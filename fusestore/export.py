@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from .changes import Change, Kind, changes
+from .changes import Change, changes, everything
 from .errors import NotFound, Stale
 from .inodes import run
 from .rootfs import Object, OpenFile, Rootfs
@@ -25,7 +25,7 @@ _HOLE_LEAST = 4096
 
 def export_tree(tree: Rootfs, sink: Sink) -> None:
     """The whole tree, as `podman export` writes it; its root is the member ``.``."""
-    _write(tree, TarWriter(sink), _everything(tree))
+    _write(tree, TarWriter(sink), everything(tree))
 
 
 def export_layer(tree: Rootfs, sink: Sink, latest_ns: int | None = None) -> bool:
@@ -53,24 +53,6 @@ def state_of(tree: Rootfs) -> bytes | None:
     except (FileNotFoundError, NotFound, Stale):
         return None
     return digest.digest()
-
-
-def _everything(tree: Rootfs) -> Iterator[Change]:
-    levels: list[Iterator[tuple[bytes, Object]]] = [iter([(b"", tree.root)])]
-    while levels:
-        found = next(levels[-1], None)
-        if found is None:
-            levels.pop()
-            continue
-        path, thing = found
-        yield Change(path, Kind.ADDED, thing)
-        if thing.format == stat.S_IFDIR:
-            levels.append(_children(tree, path, thing))
-
-
-def _children(tree: Rootfs, path: bytes, directory: Object) -> Iterator[tuple[bytes, Object]]:
-    for name, what in sorted(tree.contents(directory).items()):
-        yield (path + b"/" + name if path else name), tree.materialize(directory, name, what)
 
 
 def _write(tree: Rootfs, tar: TarWriter, found: Iterator[Change]) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import quote_from_bytes
 
 from .nodes import Attr, Xattrs
 
-__all__ = ["TarWriter", "is_storable"]
+__all__ = ["Sink", "TarWriter", "is_storable"]
 
 Sink = Callable[[bytes], object]
 Read = Callable[[int, int], bytes]
