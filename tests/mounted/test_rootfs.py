@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from rig.mounts import Mount
+from rig.people import as_root, as_user
 from rig.snapshot import differences, snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
-
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
 
 
 def _in_rootfs(mount: Mount, container: str, script: str) -> str:
@@ -286,3 +285,35 @@ def test_directories_show_the_ctime_that_a_copy_up_left(mounted: Mount, containe
     shown = _in_rootfs(mounted, container, f"{look} > /dev/null; chmod 700 etc/passwd; rm bin/vi; {look}")
     upper = mounted.store / "containers" / container / "diff"
     assert mounted.person.run("bash", "-c", f"cd $1 && {look}", "bash", upper).ok() == shown
+
+
+@as_user
+def test_a_plain_user_changes_what_the_images_root_owns(mounted: Mount) -> None:
+    name = mounted.new_id()
+    mounted.fusestore("create", "debian", name).ok()
+    script = """
+        cd containers/$1/rootfs/upper
+        chmod 000 setuid && echo new > setuid && cat setuid
+        touch -d @5 linked-1 && setfattr -n user.a xattrs && rm linked-2
+    """
+    assert mounted.sh(script, name).ok() == "new\n"
+    mounted.sh("rmdir containers/$1", name).ok()
+
+
+@as_user
+@pytest.mark.parametrize(
+    "command",
+    [
+        "chown 12 upper/linked-1",
+        "mknod null c 1 3",
+        "setfattr -n security.capability -v 0x0100000200000000000000000000000000000000 upper/linked-1",
+        "setfattr -n trusted.a upper/linked-1",
+        "setfacl -m u:12:r upper/linked-1",
+        "ln upper/setuid upper/setuid-too",
+    ],
+)
+def test_what_the_kernel_keeps_for_root_or_owners(mounted: Mount, command: str) -> None:
+    name = mounted.new_id()
+    mounted.fusestore("create", "debian", name).ok()
+    mounted.sh(f"cd containers/$1/rootfs && {command}", name).fails_with(errno.EPERM)
+    mounted.sh("rmdir containers/$1", name).ok()
