@@ -98,8 +98,8 @@ def _copied(mounted: Mount, name: str, tmp_path: Path) -> Path:
     return layout
 
 
-def _run(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def _run(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 
@@ -194,7 +194,8 @@ def test_buildah_shows_the_tree_of_the_container(
 ) -> None:
     layout = _copied(mounted, committed, tmp_path)
     storage = ("--root", tmp_path / "storage", "--runroot", tmp_path / "run", "--storage-driver", "overlay")
-    made = _run("buildah", *storage, "from", "--quiet", f"oci:{layout}:committed").strip()
+    # A relative path, as for podman below.
+    made = _run("buildah", *storage, "from", "--quiet", "oci:layout:committed", cwd=layout.parent).strip()
     try:
         tree = Path(_run("buildah", *storage, "mount", made).strip())
         found = mounted.person.call(snapshot, mounted.containers / changed / "rootfs")
@@ -405,7 +406,10 @@ def test_diff_is_podmans(images: Images, podman: tuple[str | Path, ...], tmp_pat
     """The same done to a container of podman's."""
     policy = tmp_path / "policy.json"
     policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-    image = _run(*podman, "pull", "--quiet", "--signature-policy", policy, images.debian.source).strip()
+    debian = images.debian
+    pull = ("pull", "--quiet", "--signature-policy", policy, f"oci:{debian.path.name}:{debian.ref}")
+    # A relative path: podman makes an image name of it, which an absolute one may not be able to be.
+    image = _run(*podman, *pull, cwd=debian.path.parent).strip()
     made = _run(*podman, "create", image).strip()
     _change(Path(_run(*podman, "mount", made).strip()), is_root=True)
     theirs = _run(*podman, "diff", made).splitlines()
