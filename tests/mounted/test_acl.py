@@ -12,12 +12,9 @@ import pytest
 from rig.images import Images
 from rig.mounts import Mount
 from rig.ocisources import SourceMaker
-from rig.people import Person
+from rig.people import Person, as_root, as_user
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
-
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
-as_user = pytest.mark.parametrize("person", ["user"], indirect=True)
 
 
 def _both(mounted: Mount, container: str, script: str, *arguments: str) -> tuple[str, str]:

@@ -17,14 +17,13 @@ from rig.dictmodel import TreeModel, settled
 from rig.layers import Member, tar_layer
 from rig.mounts import Mount
 from rig.ocisources import SourceMaker
-from rig.people import Person
+from rig.people import Person, as_root
 from rig.snapshot import Snapshot, differences
 from rig.treecalls import RealTree, errno_from
 from rig.treestrategies import Call, aimed, calls, images, profile
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
 _NLINK = frozenset({"nlink"})
 """overlayfs: always 1 for directories; for hard-linked files names that are hidden are counted."""
 

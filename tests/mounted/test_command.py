@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from rig.images import Images
 from rig.mounts import Mount, Place, wait_until
+from rig.people import as_root, as_user
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
-
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
-as_user = pytest.mark.parametrize("person", ["user"], indirect=True)
 
 
 def _says(result_err: str, *words: str) -> None:

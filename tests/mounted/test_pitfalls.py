@@ -18,14 +18,13 @@ import pytest
 from rig.images import Images
 from rig.mounts import Mount
 from rig.ocisources import SourceMaker
-from rig.people import Person
+from rig.people import Person, as_root
 from rig.tars import END, header, long_name, member, pax
 
 from fusestore.syscalls import RENAME_WHITEOUT, renameat2
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
 
 NAME = b"n" * 255
 TARGET = b"/t" * 2047 + b"t"

@@ -1,14 +1,11 @@
 """chmod, chown and utimensat in a rootfs: by the manual pages and beside the file system below."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rig.layers import Member, hard_link, symlink
-from rig.people import Person
-from rig.posix import KEPT, NOW, Call, Case, Identity, Judge, call, judged, table
+from rig.posix import KEPT, NOW, Call, Case, Identity, call, judging
 from rig.posixpaths import (
     DIRECTORY,
     FILE,
@@ -19,8 +16,6 @@ from rig.posixpaths import (
     OWNER,
     ROOT,
     STRANGER,
-    as_root,
-    as_user,
     owned,
     path_cases,
 )
@@ -470,19 +465,4 @@ UTIMENSAT = [
 
 TABLES = {"chmod": CHMOD, "chown": CHOWN, "utimensat": UTIMENSAT}
 
-
-@pytest.fixture(scope="module")
-def judge(person: Person, area: Path) -> Iterator[Judge]:
-    yield from judged(person, area, "attributes", TABLES)
-
-
-@as_root
-@table(TABLES)
-def test_root(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
-
-
-@as_user
-@table(TABLES, anybodys=True)
-def test_a_plain_user(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
+judge, test_root, test_a_plain_user = judging("attributes", TABLES)

@@ -12,9 +12,8 @@ import pytest
 from rig.layers import directory, file, symlink, tar_layer
 from rig.mounts import Mount
 from rig.ocisources import SourceMaker
-from rig.people import Person
+from rig.people import Person, as_root
 from rig.posix import Call, call, make_calls
-from rig.posixpaths import as_root
 from rig.snapshot import differences, snapshot
 
 pytestmark = [pytest.mark.mounted]

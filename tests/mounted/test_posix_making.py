@@ -2,14 +2,12 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rig.layers import directory, file, hard_link, symlink
-from rig.people import Person
-from rig.posix import NOW, Call, Case, Identity, Judge, call, judged, table
+from rig.posix import NOW, Call, Case, Identity, call, judging
 from rig.posixpaths import (
     DIRECTORY,
     FILE,
@@ -20,8 +18,6 @@ from rig.posixpaths import (
     OWNER,
     ROOT,
     STRANGER,
-    as_root,
-    as_user,
     owned,
     path_cases,
 )
@@ -392,19 +388,4 @@ LINK_CALL = [
 
 TABLES = {"mkdir": MKDIR, "mkfifo": MKFIFO, "mknod": MKNOD, "symlink": SYMLINK, "link": LINK_CALL}
 
-
-@pytest.fixture(scope="module")
-def judge(person: Person, area: Path) -> Iterator[Judge]:
-    yield from judged(person, area, "making", TABLES)
-
-
-@as_root
-@table(TABLES)
-def test_root(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
-
-
-@as_user
-@table(TABLES, anybodys=True)
-def test_a_plain_user(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
+judge, test_root, test_a_plain_user = judging("making", TABLES)

@@ -1,14 +1,13 @@
 """unlink, rmdir and rename in a rootfs: by the manual pages and beside the file system below."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rig.layers import Member, directory, fifo, file, hard_link, symlink
-from rig.people import Person
-from rig.posix import BAD_ADDRESS, Call, Case, Identity, Judge, call, judged, table
+from rig.posix import BAD_ADDRESS, Call, Case, Identity, call, judging
 from rig.posixpaths import (
     DIRECTORY,
     FILE,
@@ -18,8 +17,6 @@ from rig.posixpaths import (
     OWNER,
     ROOT,
     STRANGER,
-    as_root,
-    as_user,
     owned,
     path_cases,
 )
@@ -587,19 +584,4 @@ RENAME = [
 
 TABLES = {"unlink": UNLINK, "rmdir": RMDIR, "rename": RENAME}
 
-
-@pytest.fixture(scope="module")
-def judge(person: Person, area: Path) -> Iterator[Judge]:
-    yield from judged(person, area, "moving", TABLES)
-
-
-@as_root
-@table(TABLES)
-def test_root(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
-
-
-@as_user
-@table(TABLES, anybodys=True)
-def test_a_plain_user(judge: Judge, place: str, case: Case) -> None:
-    judge.judge(place, case)
+judge, test_root, test_a_plain_user = judging("moving", TABLES)

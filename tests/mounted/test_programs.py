@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from rig.distribution import Distribution
 from rig.mounts import Mount
-from rig.people import Person, Result
+from rig.people import Person, Result, as_root
 from rig.snapshot import differences, snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
 
 _ENTER = """
     exec unshare {namespaces} --mount --propagation private bash -ec '

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rig.images import DOCKER_TAG, Images
 from rig.mounts import Mount
-from rig.people import Person
+from rig.people import Person, as_root
 from rig.snapshot import differences, snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
@@ -69,7 +69,6 @@ def test_every_form_of_an_image_has_the_same_content(other_forms: Mount, images:
 
 
 # A plain user's copy cannot have the image's owners and devices.
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
 
 
 @as_root

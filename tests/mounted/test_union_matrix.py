@@ -19,7 +19,7 @@ from rig.layers import tar_layer, unpack_layer
 from rig.matrix import Cell, Outcome, layers_of, objects, operations, perform
 from rig.mounts import Mount
 from rig.ocisources import SourceMaker
-from rig.people import Person
+from rig.people import Person, as_root
 from rig.snapshot import Entry, Snapshot, differences
 from rig.treecalls import RealTree
 
@@ -217,9 +217,6 @@ def _explain(oracle: str, facet: Facet) -> list[Difference]:
 def matrix(person: Person, area: Path) -> Iterator[Matrix]:
     with ExitStack() as stack:
         yield Matrix(person, area / f"matrix-{person.name}", stack)
-
-
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -17,12 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NoReturn, TypeVar
 
-__all__ = ["PLAIN_USER", "Person", "Result", "plain_user", "root"]
+import pytest
+
+__all__ = ["PLAIN_USER", "Person", "Result", "as_root", "as_user", "plain_user", "root"]
 
 T = TypeVar("T")
 
 PLAIN_USER = "fusestore-test"
 _DEADLINE_S = 60
+
+as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
+as_user = pytest.mark.parametrize("person", ["user"], indirect=True)
+"""Marks of a test that is for one of the two alone."""
 
 
 @dataclass(frozen=True, slots=True)

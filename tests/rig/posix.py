@@ -31,7 +31,7 @@ import pytest
 from rig.layers import MTIME_NS, Member, directory, tar_layer, unpack_layer
 from rig.mounts import Mount
 from rig.ocisources import SourceMaker
-from rig.people import Person
+from rig.people import Person, as_root, as_user
 from rig.snapshot import TYPES
 
 __all__ = [
@@ -41,13 +41,11 @@ __all__ = [
     "Call",
     "Case",
     "Identity",
-    "Judge",
     "Outcome",
     "State",
     "call",
-    "judged",
+    "judging",
     "make_calls",
-    "table",
 ]
 
 KEPT, NOW = "kept", "now"
@@ -432,18 +430,6 @@ class Judge:
         assert not wrong, "\n".join(wrong)
 
 
-def judged(person: Person, area: Path, name: str, families: Mapping[str, Sequence[Case]]) -> Iterator[Judge]:
-    """The fixture: a judge of those cases that are the person's to make. `name` is the module's own."""
-    cases = [case for some in families.values() for case in some]
-    mount = Mount(
-        person, area / f"posix-{name}-{person.name}", *(["--allow-other"] if person.is_root else [])
-    )
-    try:
-        yield Judge(mount, cases if person.is_root else [case for case in cases if case.is_anybodys])
-    finally:
-        mount.close()
-
-
 @contextmanager
 def _shrinking(mountpoint: Path) -> Iterator[None]:
     """All the time the kernel drops those names of the mount that are not in use (reconfigure_super)."""
@@ -511,7 +497,37 @@ def _differences(expected: Outcome, found: Outcome) -> list[str]:
     return wrong
 
 
-def table(families: Mapping[str, Sequence[Case]], anybodys: bool = False) -> Callable[[Any], Any]:
+def judging(name: str, families: Mapping[str, Sequence[Case]]) -> tuple[Any, Any, Any]:
+    """What a module of tables needs besides: the fixture `judge`, `test_root` and `test_a_plain_user`.
+
+    `name` is the module's own. The rows of a plain user's test are those that are theirs to make.
+    """
+
+    @pytest.fixture(scope="module")
+    def judge(person: Person, area: Path) -> Iterator[Judge]:
+        cases = [case for some in families.values() for case in some]
+        mount = Mount(
+            person, area / f"posix-{name}-{person.name}", *(["--allow-other"] if person.is_root else [])
+        )
+        try:
+            yield Judge(mount, cases if person.is_root else [case for case in cases if case.is_anybodys])
+        finally:
+            mount.close()
+
+    @as_root
+    @_table(families)
+    def test_root(judge: Judge, place: str, case: Case) -> None:
+        judge.judge(place, case)
+
+    @as_user
+    @_table(families, anybodys=True)
+    def test_a_plain_user(judge: Judge, place: str, case: Case) -> None:
+        judge.judge(place, case)
+
+    return judge, test_root, test_a_plain_user
+
+
+def _table(families: Mapping[str, Sequence[Case]], anybodys: bool = False) -> Callable[[Any], Any]:
     """Parametrizes a test with `case` and `place`: one for each row and each place it is for.
 
     `anybodys`: only the rows for a plain user.

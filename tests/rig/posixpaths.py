@@ -5,7 +5,6 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 from rig.layers import Member, device, directory, fifo, file, symlink
 from rig.posix import BAD_ADDRESS, Call, Case, Identity
 
@@ -20,14 +19,10 @@ __all__ = [
     "OWNER",
     "ROOT",
     "STRANGER",
-    "as_root",
-    "as_user",
     "owned",
     "path_cases",
 ]
 
-as_root = pytest.mark.parametrize("person", ["root"], indirect=True)
-as_user = pytest.mark.parametrize("person", ["user"], indirect=True)
 
 ROOT = Identity(0, 0)
 OWNER = Identity(65534, 65534)
