@@ -141,7 +141,7 @@ _HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
 
 def _escape_can_end(data: bytes) -> bool:
     r"""Whether the ``\uXXXX`` that `data` breaks off in, if any, can still be finished."""
-    for digits in range(4):
+    for digits in reversed(range(4)):  # what begins earlier has what follows for its digits
         start = len(data) - digits - 2
         if _escape_starts(data, start):
             rest = data[start + 2 :]

@@ -165,6 +165,7 @@ _PIECES = [
 @given(st.lists(st.sampled_from(_PIECES), max_size=9).map(b"".join))
 @example(b'\\"\\ud83d\\u')
 @example(b'":"\\ud83d\\uc')
+@example(b"\\u\\u")
 def test_is_prefix_agrees_with_an_oracle_that_tries_endings(tail: bytes) -> None:
     for data in (b'{"a":' + tail, b'{"a":"' + tail, b"{" + tail):
         assert is_prefix(data) == _finishable(data), data
