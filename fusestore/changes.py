@@ -10,12 +10,12 @@ A directory of the image that was renamed is, at its new place, all new: neither
 
 import enum
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .nodes import Attr
-from .rootfs import Object, Resolved, Rootfs
-from .union import Stack
+from .rootfs import Object, Rootfs
+from .union import Resolved, Stack
 
 __all__ = ["Change", "Kind", "changes", "differences", "everything"]
 
@@ -59,7 +59,7 @@ def changes(tree: Rootfs) -> Iterator[Change]:
         return
     lower = tree.opened.lower
     root = tree.root
-    had = lower.listing(lower.root) if lower.root else {}
+    had = lower.listing(lower.root)
     has = tree.contents(root)
     kind = Kind.CHANGED if _differs(tree, root, lower.root) or had.keys() != has.keys() else None
     yield Change(b"", kind, root)
@@ -94,8 +94,8 @@ class _Level:
         tree: Rootfs,
         path: bytes,
         directory: Object,
-        had: dict[bytes, Stack],
-        has: dict[bytes, Resolved],
+        had: Mapping[bytes, Resolved],
+        has: Mapping[bytes, Resolved],
         *,
         is_whole: bool,
     ) -> None:
@@ -112,7 +112,7 @@ class _Level:
         for name in sorted(self._had.keys() | self._has.keys()):
             path = self._path + b"/" + name if self._path else name
             what = self._has.get(name)
-            before = self._had.get(name, ())
+            before = self._had[name].stack if name in self._had else ()
             if what is None:
                 yield Change(path, Kind.DELETED, None), None
             elif self._is_whole or isinstance(what.key, int) or what.stack != before:
@@ -126,7 +126,7 @@ class _Level:
         lower = self._tree.opened.lower
         replaces = lower.is_directory(before)
         is_merged = replaces and thing.stack == before
-        had = lower.listing(before) if replaces else {}
+        had = lower.listing(before if replaces else ())
         has = self._tree.contents(thing)
         kind: Kind | None = Kind.CHANGED if before else Kind.ADDED
         if replaces and had.keys() == has.keys() and not _differs(self._tree, thing, before):

@@ -10,9 +10,10 @@ import itertools
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from .blobs import LayerReader
 from .errors import StoreUnusable
@@ -72,6 +73,7 @@ class UnionDriver:
         self._run_scratch = store.run_scratch()
         self._homes = {os.fstat(fd).st_dev: fd for fd in (self._run_scratch.fd, self._scratch.fd)}
         """By device: a scratch directory there."""
+        self._lowers: WeakValueDictionary[tuple[LayerIndex, ...], Lower] = WeakValueDictionary()
         try:
             self._scheme = _agreed_scheme(store, self._scratch.fd)
         except BaseException:
@@ -81,6 +83,10 @@ class UnionDriver:
     def close(self) -> None:
         self._run_scratch.close()
         self._scratch.close()
+
+    def lower(self, layers: Sequence[LayerIndex]) -> Lower:
+        """The tree of these layers, bottom first: one object as long as somebody has it."""
+        return self._lowers.setdefault(tuple(layers), Lower(layers))
 
     def upper(self, root: int) -> Upper:
         """The upper directory at `root`, a descriptor in store or run directory that stays the caller's."""
@@ -100,7 +106,7 @@ class UnionDriver:
         return _SharedTree(self._inodes, self._descriptors, next(self._serials), parent, opener)
 
     def image_rootfs(self, image: Image, parent: Node) -> Rootfs:
-        return self._read_only(parent, _ImageOpener(self._store, image, Lower))
+        return self._read_only(parent, _ImageOpener(self._store, image, self.lower))
 
     def layer_rootfs(self, image: Image, number: int, parent: Node) -> Rootfs:
         """Layer `number` of an image alone, 0 the lowest."""
@@ -239,7 +245,8 @@ class _ContainerOpener:
         if not image_id:
             return Lower(()), []
         layers = self._store.open_layers(self._store.image(image_id))
-        return Lower([layer.index for layer in layers]), [layer.reader for layer in layers]
+        lower = self._driver.lower([layer.index for layer in layers])
+        return lower, [layer.reader for layer in layers]
 
     def peek(self) -> Attr | None:
         if os.path.exists(self._store.upper_dir(self._id)):

@@ -17,9 +17,9 @@ import errno
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 from weakref import WeakValueDictionary
 
 from .blobs import LayerReader
@@ -27,26 +27,15 @@ from .errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
 from .inodes import FOREVER_S, Branch, Caller, Closable, FileHandle, Inodes, Maybe, Node, Steps
 from .nodes import Attr, Extent, Inode, Xattrs
 from .syscalls import pread_now
-from .union import Lower, Ref, Stack, over
+from .union import Lower, Ref, Resolved, over
 from .upper import Upper
 
-__all__ = ["Descriptors", "Object", "OpenFile", "Opened", "Opener", "Resolved", "Rootfs"]
+__all__ = ["Descriptors", "Object", "OpenFile", "Opened", "Opener", "Rootfs"]
 
 _SELINUX = b"security.selinux"
 _SERIAL_LIMIT = (1 << 21) - 1
 """The bit above is of the numbers that `Inodes.number` makes up."""
 _LAYER_OF_UPPER = 511
-
-
-class Resolved(NamedTuple):
-    """What a name leads to."""
-
-    key: Ref | int
-    """Where it lies: a reference into a layer, or the inode number in the file system of the upper."""
-    stack: Stack
-    """The lower object, or the lower directories merged under an upper one."""
-    format: int
-    """S_IFMT bits."""
 
 
 class Object(Node):
@@ -446,10 +435,7 @@ class Rootfs(Branch):
             return None
         if merged.in_upper and found is not None:
             return Resolved(found.ino, merged.lower, found.format)
-        return self._resolved_lower(merged.lower)
-
-    def _resolved_lower(self, stack: Stack) -> Resolved:
-        return Resolved(stack[0], stack, stat.S_IFMT(self._lower.mode(stack)))
+        return opened.lower.resolved(merged.lower)
 
     def materialize(self, directory: Object, name: bytes, what: Resolved) -> Object:
         """The one object for what `name` was found to be."""
@@ -487,18 +473,19 @@ class Rootfs(Branch):
             return []
         return [(name, (directory.version, what)) for name, what in self.contents(directory).items()]
 
-    def contents(self, directory: Object) -> dict[bytes, Resolved]:
+    def contents(self, directory: Object) -> Mapping[bytes, Resolved]:
         """Every name of a directory and what it leads to; the lower's first."""
         opened = self.opened
-        lower = opened.lower.listing(directory.stack) if directory.stack else {}
-        names = {name: self._resolved_lower(stack) for name, stack in lower.items()}
-        if directory.in_upper and opened.upper is not None:
-            for name, found in opened.upper.listing(self.descriptor(directory)):
-                merged = over(found.entry, opened.lower, directory.stack, name)
-                if merged is None:
-                    names.pop(name, None)
-                else:
-                    names[name] = Resolved(found.ino, merged.lower, found.format)
+        lower = opened.lower.listing(directory.stack)
+        if not directory.in_upper or opened.upper is None:
+            return lower
+        names = dict(lower)
+        for name, found in opened.upper.listing(self.descriptor(directory)):
+            merged = over(found.entry, opened.lower, directory.stack, name)
+            if merged is None:
+                names.pop(name, None)
+            else:
+                names[name] = Resolved(found.ino, merged.lower, found.format)
         return names
 
     def listed(self, node: Node, name: bytes, token: Any) -> Node | None:

@@ -17,7 +17,7 @@ A hard link to a file of a lower layer is that file: the name leads to the lower
 
 import itertools
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
@@ -25,9 +25,21 @@ from .errors import LayerRefused, StoreDamaged
 from .layerindex import LayerIndex
 from .nodes import Attr, Xattrs
 
-__all__ = ["LayerView", "Lower", "Merged", "Ref", "Stack", "UpperEntry", "check_lower_links", "over"]
+__all__ = [
+    "LayerView",
+    "Lower",
+    "Merged",
+    "Ref",
+    "Resolved",
+    "Stack",
+    "UpperEntry",
+    "check_lower_links",
+    "over",
+]
 
 _PRIVATE = (b"trusted.overlay.", b"user.overlay.")
+_KEPT = 1 << 14
+"""How many names, and how many attributes, one image's tree keeps in memory: some 10 MB."""
 
 
 class Ref(NamedTuple):
@@ -38,6 +50,17 @@ class Ref(NamedTuple):
 
 
 Stack: TypeAlias = tuple[Ref, ...]
+
+
+class Resolved(NamedTuple):
+    """What a name leads to."""
+
+    key: Ref | int
+    """Where it lies: a reference into a layer, or the inode number in the file system of the upper."""
+    stack: Stack
+    """The lower object, or the lower directories merged under an upper one."""
+    format: int
+    """S_IFMT bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +101,10 @@ def over(entry: UpperEntry | None, lower: "Lower", parent: Stack, name: bytes) -
 
 
 class Lower:
-    """An image's layers as one read-only tree. Layers are given bottom first; there may be none."""
+    """An image's layers as one read-only tree. Layers are given bottom first; there may be none.
+
+    The trees of an image share one: what was asked for last is kept, and threads may ask at once.
+    """
 
     def __init__(self, layers: Sequence[LayerIndex]) -> None:
         self.layers = tuple(layers)
@@ -87,6 +113,9 @@ class Lower:
         self._links_to: dict[Ref, set[bytes]] | None = None
         self._paths: dict[Ref, tuple[bytes, ...]] = {}
         self._subdirectories: dict[Stack, int] = {}
+        self._attrs: dict[Stack, Attr] = {}
+        self._listings: dict[Stack, dict[bytes, Resolved]] = {}
+        self._listed = 0
 
     def _roots(self, count: int) -> Stack:
         """The merged root of the lowest `count` layers; an opaque root hides what is below it."""
@@ -122,13 +151,28 @@ class Lower:
             if child is not None:
                 yield Ref(layer, child)
 
-    def listing(self, directory: Stack) -> dict[bytes, Stack]:
+    def resolved(self, stack: Stack) -> Resolved:
+        """What a name leads to that `lookup` found `stack` for."""
+        return Resolved(stack[0], stack, stat.S_IFMT(self.mode(stack)))
+
+    def listing(self, directory: Stack) -> Mapping[bytes, Resolved]:
         """Every name of the directory with its object; sorted by name where one layer alone has it."""
+        kept = self._listings.get(directory)
+        if kept is None:
+            kept = self._list(directory)
+            if self._listed > _KEPT:
+                self._listings, self._listed = {}, 0
+            self._listings[directory] = kept
+            self._listed += 1 + len(kept)
+        return kept
+
+    def _list(self, directory: Stack) -> dict[bytes, Resolved]:
         names: dict[bytes, list[Ref]] = {}
         for layer, ino in directory:
             for name, child in self.layers[layer].children(ino):
                 names.setdefault(name, []).append(Ref(layer, child))
-        return {name: stack for name, refs in names.items() if (stack := self._fold(refs))}
+        found = ((name, self._fold(refs)) for name, refs in names.items())
+        return {name: self.resolved(stack) for name, stack in found if stack}
 
     def walk(self, path: bytes) -> Stack:
         """The object at `path` from the root, no symbolic link followed; empty when there is none."""
@@ -152,6 +196,15 @@ class Lower:
 
     def attr(self, stack: Stack) -> Attr:
         """Attributes as a tree unpacked from the layers would have them, link count included."""
+        kept = self._attrs.get(stack)
+        if kept is None:
+            kept = self._attr(stack)
+            if len(self._attrs) > _KEPT:
+                self._attrs = {}
+            self._attrs[stack] = kept
+        return kept
+
+    def _attr(self, stack: Stack) -> Attr:
         ref = self._speaker(stack)
         attr = self.layers[ref.layer].attr(ref.ino)
         if stat.S_ISDIR(attr.mode):
@@ -198,7 +251,7 @@ class Lower:
     def _count_subdirectories(self, stack: Stack) -> int:
         count = self._subdirectories.get(stack)
         if count is None:
-            count = sum(self.is_directory(child) for child in self.listing(stack).values())
+            count = [child.format for child in self.listing(stack).values()].count(stat.S_IFDIR)
             self._subdirectories[stack] = count
         return count
 

@@ -15,6 +15,7 @@ from rig.layers import (
     whiteout,
 )
 
+from fusestore import union
 from fusestore.errors import LayerRefused
 from fusestore.layerindex import LayerIndex
 from fusestore.union import LayerView, Lower, Merged, Ref, UpperEntry, check_lower_links, over
@@ -93,7 +94,18 @@ def test_lookup_and_listing_agree() -> None:
         [file(b"d/e"), whiteout(b"d/b")],
     )
     stack = lower.walk(b"d")
-    assert lower.listing(stack) == {name: lower.lookup(stack, name) for name in (b"c", b"l", b"e")}
+    found = {name: what.stack for name, what in lower.listing(stack).items()}
+    assert found == {name: lower.lookup(stack, name) for name in (b"c", b"l", b"e")}
+
+
+def test_listings_beyond_what_is_kept_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(union, "_KEPT", 2)
+    paths = [b"d%d/f%d" % (number, number) for number in range(6)]
+    lower = _lower([file(path) for path in paths])
+    for path in paths * 2:
+        top, name = path.split(b"/")
+        assert list(lower.listing(lower.walk(top))) == [name]
+        assert stat.S_ISREG(lower.attr(lower.walk(path)).mode)
 
 
 def test_no_layers_are_an_empty_tree() -> None:

@@ -12,8 +12,9 @@ from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
 from fusestore.errors import NotFound
 from fusestore.inodes import Caller, Changes, run
-from fusestore.rootfs import Object, Resolved, Rootfs
+from fusestore.rootfs import Object, Rootfs
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from fusestore.union import Resolved
 from fusestore.upper import Scheme, Upper
 
 pytestmark = pytest.mark.root
