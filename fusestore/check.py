@@ -1,4 +1,4 @@
-"""The verification of a whole store. Blocking; changes nothing.
+"""The verification of a whole store. Blocking; changes nothing: `fusestore.repair` does.
 
 Two passes. Contents first, without any lock, since it takes long: every blob is read and hashed, every layer
 decompressed to its diff_id and scanned, and the derived files compared with what that gives. Then, with the
@@ -9,10 +9,12 @@ next mount.
 """
 
 import contextlib
+import enum
 import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from . import oci
@@ -23,18 +25,44 @@ from .images import Image, loose_parts
 from .layer import LayerIndex
 from .layerfiles import LayerRef, map_index
 from .layout import Layout
-from .names import parse_digest
+from .names import parse_container_id, parse_digest
 from .nodes import Digest
 from .seek import SeekTable
 from .store import Store
+from .upper import RECORD, Scheme, bad_records
 
-__all__ = ["Finding", "check"]
+__all__ = ["Cure", "Finding", "check", "examine"]
 
 _IMPORT_AGAIN = "import the image again"
 _MADE_AGAIN = "remove it, it is made again from the blob"
 _UNUSED = "remove it"
 _SAVE = "save what you need from diff/ beside it, then delete the container"
 _NOT_READ = "see to that, then check again"
+_STRAY = "nothing of a store's"
+_MOVE = "move it elsewhere"
+_INDEX = "check --repair makes it again of what is left, or restore it from a backup"
+_RECORD_REMEDY = "unmount, then check --repair"
+
+
+class Cure(enum.Enum):
+    """What can be done about a finding without losing anything."""
+
+    BY_HAND = enum.auto()
+    """Nothing: only its remedy helps."""
+    DERIVE = enum.auto()
+    """Make the derived file again."""
+    SET_ASIDE = enum.auto()
+    """Move it into the quarantine."""
+    SET_CONTAINER_ASIDE = enum.auto()
+    """Move the container whose document it is into the quarantine."""
+    SET_RECORD_ASIDE = enum.auto()
+    """Write the record of owner and mode of that file into the quarantine, and have it do without."""
+    MAKE_DIRECTORY = enum.auto()
+    POINT_NAME = enum.auto()
+    """Have the name point to the container that carries it."""
+    WRITE_OCI_LAYOUT = enum.auto()
+    MAKE_INDEX = enum.auto()
+    """Make index.json of what is left in it and of the images that are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +72,30 @@ class Finding:
     path: str
     problem: str
     remedy: str
+    cure: Cure = Cure.BY_HAND
 
     def __str__(self) -> str:
         return f"{self.path}: {self.problem}: {self.remedy}"
 
 
 def check(store: Store, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
-    """What is wrong with `store`; nothing, if it is sound. `progress(done, total)`: bytes of blobs.
+    """What is wrong with `store`; nothing, if it is sound. `progress(done, total)`: bytes of blobs."""
+    return examine(store, store.lock(), progress)
 
-    Raises StoreDamaged if index.json cannot be read at all.
-    """
+
+def examine(
+    store: Store,
+    lock: AbstractContextManager[object],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Finding]:
+    """The same. Enters `lock` for the second pass: one that does nothing, if the caller has the store's."""
     layout = Layout(store.path)
-    images = store.images()
+    try:
+        images = store.images()
+    except StoreDamaged as error:
+        cause = error.__cause__
+        problem = f"is damaged ({cause.strerror})" if isinstance(cause, OSError) else "is damaged"
+        return [Finding(layout.index, problem, _INDEX, Cure.MAKE_INDEX)]
     layers = list({(layer.diff_id, layer.blob): layer for image in images for layer in image.layers}.values())
     layer_blobs = {layer.blob for layer in layers}
     others = [digest for digest in _stored_blobs(layout) if digest not in layer_blobs]
@@ -70,13 +110,15 @@ def check(store: Store, progress: Callable[[int, int], None] | None = None) -> l
 
     content = [finding for layer in layers for finding in _check_layer(layout, layer, advance)]
     content += [finding for digest in others for finding in _check_blob(layout, digest, advance)]
-    with store.lock():
+    content += _check_uppers(store, layout)
+    with lock:
         # What was deleted meanwhile is no finding.
         content = [finding for finding in content if os.path.lexists(finding.path)]
         structure = [
             *_check_images(store, layout),
             *_check_unused(store, layout),
             *_check_containers(store, layout),
+            *_check_strays(layout),
         ]
     return content + structure
 
@@ -105,16 +147,17 @@ def _check_blob(layout: Layout, digest: Digest, advance: Callable[[int], None]) 
         with open(path, "rb", buffering=0) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        yield _unread(path, error, _IMPORT_AGAIN)
+        yield _unread(path, error, _IMPORT_AGAIN, Cure.SET_ASIDE)
         return
     if f"sha256:{found}" != digest:
-        yield Finding(path, "the content has another digest", _IMPORT_AGAIN)
+        yield Finding(path, "the content has another digest", _IMPORT_AGAIN, Cure.SET_ASIDE)
     advance(_size(path))
 
 
-def _unread(path: str, error: OSError, remedy: str) -> Finding:
-    """`remedy` is that of a file which is damaged."""
-    return Finding(path, f"cannot be read ({error.strerror})", remedy if is_damage(error) else _NOT_READ)
+def _unread(path: str, error: OSError, remedy: str, cure: Cure) -> Finding:
+    """`remedy` and `cure` are those of a file which is damaged."""
+    problem = f"cannot be read ({error.strerror})"
+    return Finding(path, problem, remedy, cure) if is_damage(error) else Finding(path, problem, _NOT_READ)
 
 
 def _check_layer(layout: Layout, layer: LayerRef, advance: Callable[[int], None]) -> Iterator[Finding]:
@@ -122,11 +165,11 @@ def _check_layer(layout: Layout, layer: LayerRef, advance: Callable[[int], None]
     try:
         made = derive(path, blob=layer.blob, diff_id=layer.diff_id, progress=advance)
     except OSError as error:
-        yield _unread(path, error, _IMPORT_AGAIN)
+        yield _unread(path, error, _IMPORT_AGAIN, Cure.SET_ASIDE)
         return
     except StoreDamaged as error:
         # A blob that is missing altogether is found with its image.
-        yield Finding(path, f"is damaged ({error.__cause__})", _IMPORT_AGAIN)
+        yield Finding(path, f"is damaged ({error.__cause__})", _IMPORT_AGAIN, Cure.SET_ASIDE)
         return
     yield from _check_index(layout.layer_index(layer.diff_id), made)
     if made.seek is not None:
@@ -140,13 +183,13 @@ def _check_index(path: str, made: Ingested) -> Iterator[Finding]:
                 return
         # Another version of zstd packs the same index into other bytes.
         if not _is_same(map_index(path), LayerIndex(made.index)):
-            yield Finding(path, "is of another layer", _MADE_AGAIN)
+            yield Finding(path, "is of another layer", _MADE_AGAIN, Cure.DERIVE)
     except FileNotFoundError:
         return
     except OSError as error:
-        yield _unread(path, error, _MADE_AGAIN)
+        yield _unread(path, error, _MADE_AGAIN, Cure.DERIVE)
     except StoreDamaged:
-        yield Finding(path, "is damaged", _MADE_AGAIN)
+        yield Finding(path, "is damaged", _MADE_AGAIN, Cure.DERIVE)
 
 
 def _is_same(found: LayerIndex, expected: LayerIndex) -> bool:
@@ -183,9 +226,24 @@ def _check_table(path: str, made: Ingested) -> Iterator[Finding]:
     except FileNotFoundError:
         return
     except OSError as error:
-        yield _unread(path, error, _MADE_AGAIN)
+        yield _unread(path, error, _MADE_AGAIN, Cure.DERIVE)
     except StoreDamaged:
-        yield Finding(path, "is damaged", _MADE_AGAIN)
+        yield Finding(path, "is damaged", _MADE_AGAIN, Cure.DERIVE)
+
+
+def _check_uppers(store: Store, layout: Layout) -> Iterator[Finding]:
+    """What a plain user's containers say of owners and modes."""
+    try:
+        scheme = read_file(layout.scheme, 64).decode("ascii", "replace").strip()
+    except OSError:
+        return  # not mounted yet: there is none
+    if scheme != Scheme.PLAIN.word:
+        return
+    for container_id in sorted(store.container_ids()):
+        for root in (layout.upper(container_id), layout.workdir(container_id)):
+            for path in bad_records(root):
+                problem = f"its xattr {RECORD.decode()} is damaged"
+                yield Finding(path, problem, _RECORD_REMEDY, Cure.SET_RECORD_ASIDE)
 
 
 # What points to what
@@ -199,15 +257,16 @@ def _check_images(store: Store, layout: Layout) -> Iterator[Finding]:
     except (OSError, BadSource):
         version = None
     if not isinstance(version, str):
-        yield Finding(
-            layout.oci_layout, "is missing or damaged", 'write {"imageLayoutVersion":"1.0.0"} into it'
-        )
+        remedy = 'write {"imageLayoutVersion":"1.0.0"} into it'
+        yield Finding(layout.oci_layout, "is missing or damaged", remedy, Cure.WRITE_OCI_LAYOUT)
     for entry in store.image_entries():
         if entry.image_id is None:
             yield Finding(
                 layout.index,
                 entry.problem.removesuffix(f": {_IMPORT_AGAIN}"),
                 "remove its entry, or import the image again",
+                # What is an entry stays: its blobs may come back.
+                Cure.BY_HAND if entry.raw else Cure.MAKE_INDEX,
             )
     for image in store.images():
         yield from _check_image(store, layout, image)
@@ -230,7 +289,7 @@ def _check_image(store: Store, layout: Layout, image: Image) -> Iterator[Finding
         return  # its blobs are found above, or by their digests
     if described != image:
         path = layout.image_record(image.id)
-        yield Finding(path, "contradicts the manifest", "remove it, it is made again")
+        yield Finding(path, "contradicts the manifest", "remove it, it is made again", Cure.SET_ASIDE)
 
 
 def _check_unused(store: Store, layout: Layout) -> Iterator[Finding]:
@@ -246,7 +305,7 @@ def _check_unused(store: Store, layout: Layout) -> Iterator[Finding]:
         (layout.images, set(store.image_ids())),
     ):
         for name in sorted(set(os.listdir(directory)) - used):
-            yield Finding(f"{directory}/{name}", "no image needs it", _UNUSED)
+            yield Finding(f"{directory}/{name}", "no image needs it", _UNUSED, Cure.SET_ASIDE)
 
 
 def _check_containers(store: Store, layout: Layout) -> Iterator[Finding]:
@@ -254,17 +313,19 @@ def _check_containers(store: Store, layout: Layout) -> Iterator[Finding]:
     images = set(store.image_ids())
     for container_id in sorted(store.container_ids()):
         path = layout.document(container_id)
+        if not _is_container(layout, container_id):
+            continue  # a stray, or deleted just now
         for part in (layout.work(container_id), layout.workdir(container_id)):
             if not os.path.isdir(part):
-                yield Finding(part, "the directory is missing", "make it, empty")
+                yield Finding(part, "the directory is missing", "make it, empty", Cure.MAKE_DIRECTORY)
         try:
             found = store.container(container_id)
         except OSError as error:
-            yield _unread(path, error, _SAVE)
+            yield _unread(path, error, _SAVE, Cure.SET_CONTAINER_ASIDE)
             continue
         except StoreDamaged as error:
             problem = str(error).removeprefix(f"{path} ").rpartition(": ")[0]
-            yield Finding(path, problem, _SAVE)
+            yield Finding(path, problem, _SAVE, Cure.SET_CONTAINER_ASIDE)
             continue
         if found.image_id and found.image_id not in images:
             known = found.image_name or found.image_id[:12]
@@ -275,12 +336,41 @@ def _check_containers(store: Store, layout: Layout) -> Iterator[Finding]:
             names[found.name] = container_id
     links = {name: _target(layout, name) for name in os.listdir(layout.names)}
     for name in sorted(names.keys() - links.keys()):
-        yield Finding(
-            layout.name(name), f"the name of container {names[name]} is missing", "rename the container"
-        )
+        problem = f"the name of container {names[name]} is missing"
+        yield Finding(layout.name(name), problem, "rename the container", Cure.POINT_NAME)
     for name, target in sorted(links.items()):
         if names.get(name) != target:
-            yield Finding(layout.name(name), f"{target or 'what it points to'} is not called so", _UNUSED)
+            problem = f"{target or 'what it points to'} is not called so"
+            yield Finding(layout.name(name), problem, _UNUSED, Cure.SET_ASIDE)
+
+
+def _check_strays(layout: Layout) -> Iterator[Finding]:
+    """What nobody made who keeps to the format, outside of what is the users'."""
+    places = [(layout.root, layout.is_at_root)]
+    places += [(path, layout.is_in_layer) for path in _directories(layout.layers)]
+    places += [(path, layout.is_in_image) for path in _directories(layout.images)]
+    places += [(path, layout.is_in_container) for path in _directories(layout.containers)]
+    for directory, is_known in places:
+        for name in sorted(os.listdir(directory)):
+            if not is_known(name):
+                yield Finding(f"{directory}/{name}", _STRAY, _MOVE, Cure.SET_ASIDE)
+    for name in sorted(os.listdir(layout.containers)):
+        if not _is_container(layout, name):
+            yield Finding(layout.container(name), _STRAY, _MOVE, Cure.SET_ASIDE)
+
+
+def _directories(parent: str) -> list[str]:
+    with os.scandir(parent) as entries:
+        return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
+def _is_container(layout: Layout, name: str) -> bool:
+    try:
+        parse_container_id(name)
+    except BadName:
+        return False
+    path = layout.container(name)
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def _target(layout: Layout, name: str) -> str:

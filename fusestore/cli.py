@@ -482,18 +482,25 @@ def _output(path: str) -> Iterator[BinaryIO]:
 
 
 @_command
+@click.option("--repair", "repairs", is_flag=True, help="Make again or set aside what is damaged.")
 @_places
-def _check(places: _Places) -> int:
-    """Verify every file of the store; change nothing.
+def _check(places: _Places, repairs: bool) -> int:
+    """Verify every file of the store; change nothing, unless told to repair it.
 
-    Prints one line for each finding, and fails if there is one.
+    Prints one line for each finding, and fails if there is one. With --repair it first prints one line for
+    each thing done: nothing is deleted, but moved to the directory quarantine of the store. The store must
+    not be in use.
     """
     from .check import check
+    from .repair import repair
+
+    def say(line: object) -> None:
+        click.echo(printable(str(line)))
 
     with places.open() as store, _progress("check") as progress:
-        findings = check(store, progress)
+        findings = repair(store, say, progress) if repairs else check(store, progress)
     for finding in findings:
-        click.echo(printable(str(finding)))
+        say(finding)
     return 1 if findings else 0
 
 

@@ -149,6 +149,15 @@ def _is_at(fd: int, path: str) -> bool:
     return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
 
+def _is_locked(fd: int) -> bool:
+    """Whether another has a lock on it; if not, this has one now, until it is closed."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """write(2) until everything is written."""
     rest = memoryview(data)
@@ -457,9 +466,42 @@ class Workspace:
         """
         discard(paths, self._trash)
 
+    def set_aside(self, source: str, target: str) -> None:
+        """Renames a thing to where nothing is, in directories that are made if need be."""
+        self._make_directories(os.path.dirname(target))
+        disk.rename(source, target)
+        for directory in (os.path.dirname(target), os.path.dirname(source)):
+            _sync_directory(directory)
+
+    def write_new(self, path: str, data: bytes) -> None:
+        """`write_file`, in directories that are made if need be."""
+        self._make_directories(os.path.dirname(path))
+        self.write_file(path, data)
+
+    def _make_directories(self, path: str) -> None:
+        if not os.path.isdir(path):
+            self._make_directories(os.path.dirname(path))
+            self.make_directory(path)
+
     def empty_trash(self) -> None:
         """Deletes what was discarded, by whomever. Raises the first OSError after trying everything."""
         empty_trash(self._trash)
+
+    def is_in_use(self) -> bool:
+        """Whether something in tmp/ has a maker: a mount, an import, whatever will want the lock."""
+        for name in os.listdir(self._tmp):
+            try:
+                fd = os.open(
+                    f"{self._tmp}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                )
+            except OSError:
+                continue
+            try:
+                if _is_locked(fd):
+                    return True
+            finally:
+                os.close(fd)
+        return False
 
     def dead(self) -> Iterator[Scratch]:
         """Directories in tmp/ that have no maker any more, each locked exclusively; the receiver closes it.
@@ -477,11 +519,7 @@ class Workspace:
                 raise StoreUnusable(f"{reason}: use the store as its owner") from error
             with contextlib.ExitStack() as stack:
                 stack.callback(os.close, fd)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                if not _is_at(fd, path):
+                if _is_locked(fd) or not _is_at(fd, path):
                     continue
                 if stat.S_ISDIR(os.fstat(fd).st_mode):
                     stack.pop_all()

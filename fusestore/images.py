@@ -9,10 +9,12 @@ lock held, and what a change may leave without a reference is written down befor
 that a crash leaves nothing behind for good.
 """
 
+import contextlib
 import errno
+import json
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,11 +132,16 @@ class Images:
                 raise
             reason = f"{path} is damaged ({error})"
             raise StoreDamaged(
-                f"{reason}: restore it from a backup, or import the images into a new store"
+                f"{reason}: run `fusestore check --repair`, or restore it from a backup"
             ) from error
         catalog = self._understand(document, listed)
         self._cached = key, catalog
         return catalog
+
+    def forget(self) -> None:
+        """Has all be read again: what `catalog` takes for unchangeable was repaired."""
+        self._cached = None
+        self._known.clear()
 
     def find(self, ref: str) -> Image:
         """By name, id, or 12 or more first digits of an id, ``sha256:`` before it or not. Raises NotFound."""
@@ -301,13 +308,7 @@ class Images:
         self._workspace.write_file(self._layout.image_record(image.id), _encode_record(image))
         self._known[descriptor.digest] = image
         catalog = self.catalog()
-        raw = {
-            "mediaType": descriptor.media_type,
-            "digest": descriptor.digest,
-            "size": descriptor.size,
-            "annotations": {ANNOTATION_ID: image.id},
-        }
-        fresh = Entry(raw, image.id, None)
+        fresh = Entry(_raw(descriptor, image.id), image.id, None)
         # Of an image that is there already the names stay; the descriptor changes if its old manifest was
         # lost.
         entries = [
@@ -369,6 +370,58 @@ class Images:
             *(layout.blob(blob) for blob in unused_blobs),
         )
 
+    def make_index_locked(self, names: Mapping[str, str]) -> tuple[int, int]:
+        """Writes index.json anew: what is left in it, and the images of which only the blobs are left.
+
+        `names` {name: id} are names to give to those it has no name for any more. How many images there are
+        then, and how many of them are without a name.
+        """
+        self.forget()
+        try:
+            left = _salvage(read_file(self._layout.index, INDEX_MAX))
+        except OSError:
+            left = []
+        catalog = self._understand({"schemaVersion": 2}, left)
+        entries = list(catalog.entries)
+        for descriptor, image in self._stored_images():
+            if all(entry.image_id != image.id for entry in entries):
+                self._known[descriptor.digest] = image
+                entries.append(Entry(_raw(descriptor, image.id), image.id, None))
+        for name, image_id in sorted(names.items()):
+            entries = self._with_name_left(entries, name, image_id)
+        self._write_locked(catalog, entries)
+        found = self.catalog().images.values()
+        return len(found), sum(not image.names for image in found)
+
+    @staticmethod
+    def _with_name_left(entries: list[Entry], name: str, image_id: str) -> list[Entry]:
+        taken = {entry.name: entry.image_id or "" for entry in entries if entry.name is not None}
+        if all(entry.image_id != image_id for entry in entries):
+            return entries
+        try:
+            _require_free(parse_image_name(name), taken, "", replace_other=False)
+        except (BadName, Exists):
+            return entries
+        return _with_name(entries, image_id, name)
+
+    def _stored_images(self) -> Iterator[tuple[oci.Descriptor, Image]]:
+        """By what the blobs say, those that a record in images/ points to first."""
+        digests = []
+        for image_id in sorted(os.listdir(self._layout.images)):
+            with contextlib.suppress(OSError, StoreDamaged):
+                record = read_file(self._layout.image_record(image_id), oci.DOCUMENT_MAX)
+                digests.append(_decode_record(record, image_id).manifest)
+        for name in sorted(os.listdir(self._layout.blobs)):
+            with contextlib.suppress(BadName):
+                digests.append(parse_digest(f"sha256:{name}"))
+        for digest in dict.fromkeys(digests):
+            with contextlib.suppress(OSError, StoreDamaged, BadSource):
+                if _begins_as_object(self._layout.blob(digest)):
+                    data = self.read_blob(digest, "manifest")
+                    media_type = oci.parse_manifest(data, digest).media_type
+                    descriptor = oci.Descriptor(media_type, digest, len(data))
+                    yield descriptor, self.image_of(descriptor)
+
     def _with_names(
         self,
         entries: list[Entry],
@@ -394,6 +447,37 @@ class Images:
     def _write_locked(self, catalog: Catalog, entries: Iterable[Entry]) -> None:
         document = {**catalog.document, "manifests": [entry.raw for entry in entries]}
         self._workspace.write_file(self._layout.index, oci.encode(document))
+
+
+def _raw(descriptor: oci.Descriptor, image_id: str) -> dict[str, Any]:
+    return {
+        "mediaType": descriptor.media_type,
+        "digest": descriptor.digest,
+        "size": descriptor.size,
+        "annotations": {ANNOTATION_ID: image_id},
+    }
+
+
+def _salvage(data: bytes) -> list[dict[str, Any]]:
+    """The descriptors that are whole in a damaged index.json."""
+    text, decoder = data.decode("utf-8", "replace"), json.JSONDecoder()
+    found, start = [], text.find("{", 1)
+    while start >= 0:
+        try:
+            raw, end = decoder.raw_decode(text, start)
+            oci.parse_descriptors({"manifests": [raw]}, "manifests", "index.json")
+        except (ValueError, RecursionError, BadSource):
+            end = start + 1
+        else:
+            found.append(raw)
+        start = text.find("{", end)
+    return found
+
+
+def _begins_as_object(path: str) -> bool:
+    """Not a layer: those are large."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read(1) == b"{"
 
 
 def _above(name: str | None, named: Container[str]) -> bool:

@@ -26,6 +26,8 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
       names/<name>                    symlink to the id of the container of that name
       tmp/<unique>                    flocked (shared) while its maker lives; unlocked ones are rubbish
       trash/<unique>                  what was deleted; nothing in it is ever read
+      quarantine/<unique>/<path>      what `check --repair` took away from <path> of the store; nothing in
+                                      it is ever read, or deleted. Made when needed
     <run>/                            0700, on a tmpfs if there is one
       <first 16 hex of sha256(real path of the store)>/
         boot                          the boot id of the kernel: with another one the rest is from before
@@ -72,6 +74,10 @@ names that may point wrong, ``loose`` {"blobs": [digests], "layers": [diff_ids],
 left unreferenced. Who finds it in a dead directory (when opening the store) puts the names right and removes
 what index.json does not reach.
 
+**quarantine/<unique>/<path>**: one <unique> a repair. What was there moved with all that is in it; of
+index.json a copy; of the xattr user.fusestore.stat of a container's file its value, as
+<path>.user.fusestore.stat. ``reasons`` beside it has the lines that `check --repair` printed.
+
 **mounts/<unique>**: JSON: ``mountpoint``, ``pid``, ``driver``.
 
 Refused by a reader, in these words (StoreUnusable)::
@@ -85,10 +91,11 @@ Refused by a reader, in these words (StoreUnusable)::
     "… says neither native nor plain: write into it which one the store is"
     "the path of the store is empty: name a directory, or leave it out"
     "….json is damaged: restore it from a backup, or import the images into a new store"
+    "index.json is damaged (…): run `fusestore check --repair`, or restore it from a backup"
 
 History::
 
-    1   first version. scheme came later: a store without it gets it when it is mounted
+    1   first version. scheme came later: a store without it gets it when it is mounted. quarantine came later
 """
 
 import hashlib
@@ -198,6 +205,10 @@ class Layout:
         return _join(self.root, "trash")
 
     @property
+    def quarantine(self) -> str:
+        return _join(self.root, "quarantine")
+
+    @property
     def directories(self) -> tuple[str, ...]:
         """What a new store consists of, besides its files."""
         return (
@@ -254,6 +265,24 @@ class Layout:
 
     def workdir(self, container_id: str) -> str:
         return self.workdir_in(self.container(container_id))
+
+    # What belongs where: `check` finds all else. "lost+found" is the file system's.
+
+    @staticmethod
+    def is_at_root(name: str) -> bool:
+        return name in UNFINISHED or name in ("fusestore.json", "scheme", "quarantine", "lost+found")
+
+    @staticmethod
+    def is_in_layer(name: str) -> bool:
+        return name in ("index", "cache") or name.startswith("seek.")
+
+    @staticmethod
+    def is_in_image(name: str) -> bool:
+        return name == "image"
+
+    @staticmethod
+    def is_in_container(name: str) -> bool:
+        return name in ("container", "diff", "work", "workdir")
 
     # The same inside a container's directory that is not in its place yet.
 

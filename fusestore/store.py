@@ -208,6 +208,10 @@ class Store:
         descriptor = oci.Descriptor(oci.MANIFEST_TYPE, image.manifest, 0)
         return replace(self._images.image_of(descriptor), names=image.names)
 
+    def forget_images(self) -> None:
+        """Has them be read again from disk, where somebody repaired what they are made of."""
+        self._images.forget()
+
     def image(self, ref: str) -> Image:
         """Raises NotFound."""
         return self._images.find(ref)

@@ -26,6 +26,7 @@ import enum
 import errno
 import itertools
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -36,15 +37,20 @@ from .nodes import WHITEOUT_RDEV, Attr, Xattrs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 from .union import Ref, UpperEntry
 
-__all__ = ["Birth", "Found", "Scheme", "Upper", "find_scheme"]
+__all__ = ["RECORD", "Birth", "Found", "Scheme", "Upper", "bad_records", "find_scheme"]
 
-_STAT = b"user.fusestore.stat"
+RECORD = b"user.fusestore.stat"
+"""PLAIN: octal mode, uid, gid and device number, where the file cannot have them."""
+
 _FOREIGN = b"user.fusestore.xattr."
 _OWN = b"user.fusestore."
 _MOVED = b"fusestore.moved"
 _ORIGIN = b"fusestore.origin"
 _PLAIN_ACCESS = _FOREIGN + acl.ACCESS
 _PERMISSIONS = 0o7777
+_RECORD = re.compile(rb"([0-7]{1,7}):([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,20})")
+_KEPT_AS_FILES = (stat.S_IFREG, stat.S_IFCHR, stat.S_IFBLK)
+_ID_MAX = (1 << 32) - 1
 _serial = itertools.count()
 """Names in the scratch directory, which is this process's alone."""
 
@@ -584,9 +590,9 @@ class Upper:
         wanted = (mode, uid, gid, rdev)
         if wanted == (stat.S_IFMT(status.st_mode) | real, status.st_uid, status.st_gid, 0):
             with contextlib.suppress(OSError):
-                os.removexattr(_proc(fd), _STAT)
+                os.removexattr(_proc(fd), RECORD)
         else:
-            os.setxattr(_proc(fd), _STAT, b"%o:%d:%d:%d" % wanted)
+            os.setxattr(_proc(fd), RECORD, b"%o:%d:%d:%d" % wanted)
 
     def _record_mode(self, fd: int, mode: int) -> None:
         """PLAIN: make the permissions what is asked."""
@@ -595,14 +601,17 @@ class Upper:
 
     def _recorded(self, path: bytes, status: os.stat_result) -> tuple[int, int, int, int]:
         """PLAIN: mode, uid, gid and rdev to show for a regular file or directory."""
-        record = _getxattr(path, _STAT)
+        record = _getxattr(path, RECORD)
         if record is None:
             return status.st_mode, status.st_uid, status.st_gid, status.st_rdev
         try:
-            mode, uid, gid, rdev = record.split(b":")
-            return int(mode, 8), int(uid), int(gid), int(rdev)
+            return _parse_record(record, status.st_mode)
         except ValueError:
-            raise StoreDamaged(f"user.fusestore.stat is {record!r}: remove that xattr") from None
+            directory, _, name = path.removeprefix(b"/proc/self/fd/").partition(b"/")
+            where = os.fsdecode(os.readlink(_proc(int(directory))) + (b"/" + name if name else b""))
+            raise StoreDamaged(
+                f"{where}: its xattr {RECORD.decode()} is {record!r}: unmount, then check --repair"
+            ) from None
 
     def _holds(self, mode: int, name: bytes) -> bool:
         """Whether an object of that type can have an xattr (fs/xattr.c, xattr_permission; fs/posix_acl.c)."""
@@ -642,6 +651,32 @@ class Upper:
             yield fd
         finally:
             os.close(fd)
+
+
+def _parse_record(record: bytes, real_mode: int) -> tuple[int, int, int, int]:
+    """Raises ValueError for what `Upper` never wrote on a file of that mode."""
+    match = _RECORD.fullmatch(record)
+    if match is None:
+        raise ValueError("no record")
+    mode, uid, gid, rdev = int(match[1], 8), int(match[2]), int(match[3]), int(match[4])
+    formats = (stat.S_IFDIR,) if stat.S_ISDIR(real_mode) else _KEPT_AS_FILES
+    if stat.S_IFMT(mode) not in formats or max(uid, gid) > _ID_MAX or rdev >> 64:
+        raise ValueError("no record of this file")
+    return mode, uid, gid, rdev
+
+
+def bad_records(root: str) -> Iterator[str]:
+    """PLAIN: the files at and below `root` whose owner and mode cannot be understood."""
+    for directory, _, files in os.walk(root):
+        for path in (directory, *(os.path.join(directory, name) for name in files)):
+            try:
+                status = os.lstat(path)
+                if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+                    _parse_record(os.getxattr(path, RECORD, follow_symlinks=False), status.st_mode)
+            except OSError:
+                continue  # it has none, or is gone
+            except ValueError:
+                yield path
 
 
 def _getxattr(path: bytes, name: bytes) -> bytes | None:

@@ -3,11 +3,10 @@
 import errno
 import json
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rig.damage import DAMAGE, PLAIN_DAMAGE, Damage, change_middle, layer_blobs
 from rig.ocisources import SourceMaker, tar_of
 from rig.stores import fail_to_open, open_at
 
@@ -28,6 +27,7 @@ def store(tmp_path: Path) -> Store:
     store = open_at(tmp_path)
     store.import_image(text)
     store.create_container(container_id="c", container_name="web")
+    store.create_container(container_id="other")
     store.set_container_metadata("c", {"a": 1})
     store.rename_container("web", "db")
     store.close()
@@ -56,134 +56,36 @@ def test_progress_ends_at_the_total(store: Store) -> None:
     assert seen[-1] == (blobs, blobs)
 
 
-def at(store: Store, name: str) -> Path:
-    """A file of the store by its beginning and end, `*` between."""
-    (path,) = Path(store.path).glob(name)
-    return path
-
-
 def layer_blob(store: Store) -> Path:
-    return Path(store.blob_path(store.images()[0].layers[0].blob))
+    return layer_blobs(Path(store.path))[0]
 
 
-def change_middle(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x40
-    path.unlink()  # readers that have the old one open keep it
-    path.write_bytes(data)
+def damage(store: Store, kind: str) -> Damage:
+    """Does it, and says what it was."""
+    if kind in PLAIN_DAMAGE:
+        store.scheme("plain")
+    found = {**DAMAGE, **PLAIN_DAMAGE}[kind]
+    found.do(Path(store.path))
+    return found
 
 
-def replace_text(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
+KINDS = [*DAMAGE, *PLAIN_DAMAGE]
 
 
-def swap_indexes(store: Store) -> None:
-    first, second = Path(store.path).glob("layers/*/index")
-    shutil.copy(first, second)
-
-
-_REMADE = "remove it, it is made again"
-_AGAIN = "import the image again"
-
-DAMAGE: dict[str, tuple[Callable[[Store], object], str, str]] = {
-    "layer changed": (lambda s: change_middle(layer_blob(s)), "blobs/sha256/", _AGAIN),
-    "layer missing": (lambda s: layer_blob(s).unlink(), "a layer of image", _AGAIN),
-    "layer truncated": (lambda s: os.truncate(layer_blob(s), 50), "50 bytes, not", _AGAIN),
-    "config changed": (
-        lambda s: change_middle(Path(s.blob_path(s.images()[0].config))),
-        "another digest",
-        _AGAIN,
-    ),
-    "config missing": (lambda s: os.unlink(s.blob_path(s.images()[0].config)), "the config of image", _AGAIN),
-    "manifest missing": (
-        lambda s: os.unlink(s.blob_path(s.images()[0].manifest)),
-        "the manifest of image",
-        _AGAIN,
-    ),
-    "index of another layer": (swap_indexes, "is of another layer", _REMADE),
-    "index changed": (
-        lambda s: [change_middle(path) for path in Path(s.path).glob("layers/*/index")],
-        "index: is damaged",
-        _REMADE,
-    ),
-    "seek table changed": (
-        lambda s: [change_middle(path) for path in Path(s.path).glob("layers/*/seek.*")],
-        "is damaged",
-        _REMADE,
-    ),
-    "unused blob": (
-        lambda s: Path(s.path, "blobs/sha256", "0" * 64).touch(),
-        "no image needs it",
-        "remove it",
-    ),
-    "no blob at all": (lambda s: Path(s.path, "blobs/sha256/x").touch(), "no image needs it", "remove it"),
-    "unused layer": (lambda s: Path(s.path, "layers", "0" * 64).mkdir(), "no image needs it", "remove it"),
-    "unused image": (lambda s: Path(s.path, "images", "0" * 64).mkdir(), "no image needs it", "remove it"),
-    "bad entry in index.json": (
-        lambda s: replace_text(Path(s.index_path), '"manifests":[', '"manifests":[5,'),
-        "no JSON object",
-        "entry",
-    ),
-    "entry without blobs": (
-        lambda s: replace_text(
-            Path(s.index_path),
-            '"manifests":[',
-            '"manifests":[{"mediaType":"x","digest":"sha256:' + "0" * 64 + '","size":1},',
-        ),
-        "cannot be read",
-        "remove its entry",
-    ),
-    "oci-layout missing": (
-        lambda s: at(s, "oci-layout").unlink(),
-        "missing or damaged",
-        "imageLayoutVersion",
-    ),
-    "document damaged": (lambda s: at(s, "containers/c/container").write_bytes(b"{"), "not JSON", "delete"),
-    "document missing": (lambda s: at(s, "containers/c/container").unlink(), "file is missing", "delete"),
-    "document without an image's id": (
-        lambda s: at(s, "containers/c/container").write_bytes(b"{}"),
-        "keys are missing",
-        "delete",
-    ),
-    "workdir missing": (lambda s: at(s, "containers/c/workdir").rmdir(), "directory is missing", "make it"),
-    "image of a container missing": (
-        lambda s: replace_text(at(s, "containers/c/container"), s.images()[0].id, "0" * 64),
-        "its image x:1 is missing",
-        "import the image again, or delete",
-    ),
-    "name missing": (lambda s: at(s, "names/db").unlink(), "name of container c is missing", "rename"),
-    "dangling name": (
-        lambda s: os.symlink("../containers/gone", Path(s.path, "names/old")),
-        "gone is not called so",
-        "remove it",
-    ),
-    "wrong name": (
-        lambda s: os.symlink("../containers/c", Path(s.path, "names/old")),
-        "c is not called so",
-        "remove it",
-    ),
-    "file among the names": (lambda s: Path(s.path, "names/x").touch(), "is not called so", "remove it"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_findings(tmp_path: Path, store: Store, kind: str) -> None:
-    damage, problem, remedy = DAMAGE[kind]
-    damage(store)
+    done = damage(store, kind)
     with open_at(tmp_path) as reopened:
         before = tree(reopened)
         found = [str(finding) for finding in check(reopened)]
         assert tree(reopened) == before
-    assert any(problem in line and remedy in line for line in found), found
+    assert any(done.problem in line and done.remedy in line for line in found), found
     assert not any("\n" in line for line in found)
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_finding_says_each_thing_once(tmp_path: Path, store: Store, kind: str) -> None:
-    damage, _, _ = DAMAGE[kind]
-    damage(store)
+    damage(store, kind)
     with open_at(tmp_path) as reopened:
         for finding in check(reopened):
             assert finding.path not in finding.problem
@@ -243,7 +145,7 @@ def test_a_finding_is_one_line() -> None:
 
 def test_several_things_at_once(tmp_path: Path, store: Store) -> None:
     layer_blob(store).unlink()
-    at(store, "names/db").unlink()
+    Path(store.path, "names/db").unlink()
     index = json.loads(Path(store.index_path).read_bytes())
     with open_at(tmp_path) as reopened:
         assert len(check(reopened)) >= 2
