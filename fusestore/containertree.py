@@ -451,11 +451,12 @@ class ContainerTree(FixedBranch):
 
     # What the kernel lets go
 
-    def forgotten(self, node: Node) -> None:
+    def forgotten(self, node: Node) -> bool:
         if not isinstance(node, ContainerDir) or node.is_gone:
-            return
+            return False
         if node.has_state:
             self._kept[node.id] = node
         else:
             self._kept.pop(node.id, None)
             node.detach()
+        return False

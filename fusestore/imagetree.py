@@ -541,11 +541,12 @@ class ImageTree(Branch):
         directory.metadata = None
         directory.layers = None
 
-    def forgotten(self, node: Node) -> None:
+    def forgotten(self, node: Node) -> bool:
         if isinstance(node, _NameDir):
             self._emptied.discard(node.prefix)
         if isinstance(node, _ImageDir) and not any(rootfs.in_use for rootfs in node.rootfs):
             self._let_go(node)
+        return False
 
 
 def _place(node: Node) -> _NameDir:

@@ -3,7 +3,8 @@
 A `Node` is one object of the mounted tree that the kernel may know. It belongs to a `Branch`: the part of the
 tree (the images, the containers, one rootfs …) that knows what operations on it mean. A node lives while the
 kernel counts lookups on it, a handle is open on it, or a living node below refers to it; branches index their
-nodes weakly, so what nobody needs is gone without bookkeeping.
+nodes weakly, so what nobody needs is gone without bookkeeping. Of those that the kernel forgot the last few
+thousand live on: a file handle may ask for them.
 
 Operations that may have to wait (for a disk, a lock, a decompressor) are generators: each `yield` hands out a
 function to be called in a worker thread and resumes with its result (`Steps`). Between two yields nothing
@@ -13,6 +14,7 @@ else runs: a state change never contains a yield. `run` drives them without an e
 import itertools
 import secrets
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import GeneratorType
@@ -47,6 +49,8 @@ ROOT_INODE = Inode(1)
 FOREVER_S = 86400.0
 """How long the kernel may keep what only this process changes."""
 
+_FORGOTTEN = 4096
+"""How many nodes live on that the kernel has forgotten: 2 or 3 MB."""
 
 _generations = itertools.count(secrets.randbits(31))
 
@@ -272,8 +276,13 @@ class Branch:
     def fsync_dir(self, node: Node) -> Maybe[None]:
         return None
 
-    def forgotten(self, node: Node) -> None:
-        """The kernel knows `node` no more."""
+    def forgotten(self, node: Node) -> bool:
+        """The kernel knows `node` no more. True: `recall` may be asked for it."""
+        return False
+
+    def recall(self, node: Node) -> None:
+        """A file handle leads to `node`, which the kernel forgot. Raises Stale where it is there no more."""
+        raise NotImplementedError
 
 
 class Inodes:
@@ -281,6 +290,7 @@ class Inodes:
 
     def __init__(self) -> None:
         self._held: dict[int, Node] = {}
+        self._forgotten: OrderedDict[int, Node] = OrderedDict()
         self._outdated: set[Inode] = set()
         self._next = 1 << 62
 
@@ -300,11 +310,17 @@ class Inodes:
         except KeyError:
             raise errors.Stale(f"inode {ino} is not known") from None
 
+    def recalled(self, ino: int) -> Node:
+        """The node that a file handle names: one the kernel knows, or one of the last that it forgot."""
+        node = self._forgotten.get(ino)
+        return self.node(ino) if node is None or node.ino != ino else node
+
     def remember(self, node: Node) -> None:
         """The kernel was told of `node` once more."""
         node.lookups += 1
         if node.lookups == 1:
             self._held[node.ino] = node
+            self._forgotten.pop(node.ino, None)
 
     def outdate(self, node: Node) -> None:
         """The attributes of `node` changed by what was asked of another: the kernel must ask for them."""
@@ -339,7 +355,10 @@ class Inodes:
         if node.lookups > 0:
             return True
         del self._held[ino]
-        node.branch.forgotten(node)
+        if node.branch.forgotten(node):
+            self._forgotten[ino] = node
+            if len(self._forgotten) > _FORGOTTEN:
+                self._forgotten.popitem(last=False)
         return node.lookups == 0
 
     @property

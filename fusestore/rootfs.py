@@ -440,7 +440,7 @@ class Rootfs(Branch):
     def materialize(self, directory: Object, name: bytes, what: Resolved) -> Object:
         """The one object for what `name` was found to be."""
         thing = self._objects.get(what.key)
-        if thing is None or thing.format != what.format:
+        if thing is None or thing.format != what.format or (not thing.lookups and thing.stack != what.stack):
             thing = self.object_type(self, self._ino(directory, name, what), directory, name, what)
             self._objects[what.key] = thing
             return thing
@@ -496,7 +496,12 @@ class Rootfs(Branch):
         return self.child(directory, name)
 
     def parent(self, node: Node) -> Node:
-        return _object(node).parent or self._outer
+        above = _object(node).parent
+        if above is None:
+            return self._outer
+        if above.lookups or above.parent is None:
+            return above
+        return self.materialize(above.parent, above.name, Resolved(above.key, above.stack, above.format))
 
     # Attributes
 
@@ -681,12 +686,21 @@ class Rootfs(Branch):
             self._descriptors.opened(opened)
         return fd
 
-    def forgotten(self, node: Node) -> None:
+    def forgotten(self, node: Node) -> bool:
         thing = _object(node)
+        thing.links = thing.subdirectories = -1
         if thing is not self.root:
             self._close_descriptor(thing)
         elif not self.in_use and not any(known.lookups for known in self._objects.values()):
             self._release()  # opened again when somebody comes back
+        return not thing.is_orphan
+
+    def recall(self, node: Node) -> None:
+        thing = _object(node)
+        while thing.parent is not None and self.leads_to((thing.parent, thing.name), thing):
+            thing = thing.parent
+        if thing is not self.root:
+            raise Stale("the file is gone, or another mount has moved it")
 
 
 class RootObject(Object):

@@ -86,15 +86,24 @@ class Tree:
     # Names
 
     def lookup(self, parent_ino: int, name: bytes) -> Maybe[Entry]:
+        if name == b".":
+            return self._recalled(parent_ino)
         node = self._place(parent_ino, name)
         branch = node.branch
         if not branch.ready:
             return _prepared(branch, self.lookup, parent_ino, name)
-        if name == b".":
-            return self._entered(node)
         if name == b"..":
             return self._entered(branch.parent(node))
         return self._entered(branch.lookup(node, name))
+
+    def _recalled(self, ino: int) -> Maybe[Entry]:
+        """What a file handle leads to: the kernel looks '.' up where it does not know the inode any more."""
+        node = self.inodes.recalled(ino)
+        if not node.branch.ready:
+            return _prepared(node.branch, self._recalled, ino)
+        if not node.lookups:
+            node.branch.recall(node)
+        return self._entered(node)
 
     def absence_timeout_s(self, parent_ino: int) -> float:
         """How long the kernel may believe that a name `lookup` did not find is missing there."""

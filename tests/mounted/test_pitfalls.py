@@ -545,6 +545,36 @@ def test_a_handle_leads_to_its_file_or_nowhere(shared: Mount, rootfs: Path) -> N
     assert set(call(_handles_of_the_removed, rootfs, mountpoint)) == {errno.ESTALE}
 
 
+def _handle_after(root: Path, mountpoint: Path, path: str, *steps: tuple[str, ...]) -> bytes | int:
+    """What a handle leads to after `steps`, when the kernel has forgotten all but the current directory."""
+    os.chdir(root)
+    handle = _handle_of(Path(path))
+    for name, *arguments in steps:
+        getattr(os, name)(*arguments)
+    subprocess.run(["mount", "-i", "-o", "remount,rw", mountpoint], check=True, timeout=60)
+    return _open_by_handle(mountpoint, handle)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("path", "steps", "expected"),
+    [
+        pytest.param("d/c", (), b"ccc", id="image"),
+        pytest.param("d/c", (("chmod", "d/c", 0o600),), b"ccc", id="copied up"),
+        pytest.param("d/c", (("rename", "d/c", "moved"),), b"ccc", id="moved"),
+        pytest.param("d/c", (("rename", "d", "moved"),), b"ccc", id="directory moved"),
+        pytest.param("d/c", (("link", "d/c", "l"), ("unlink", "d/c")), b"ccc", id="other name"),
+        pytest.param("d/c", (("unlink", "d/c"),), errno.ESTALE, id="removed"),
+        pytest.param("d/c", (("rename", "d/a", "d/c"),), errno.ESTALE, id="replaced"),
+    ],
+)
+def test_a_handle_of_what_the_kernel_forgot(
+    shared: Mount, rootfs: Path, path: str, steps: tuple[tuple[str, ...], ...], expected: bytes | int
+) -> None:
+    found = shared.person.call(_handle_after, rootfs, shared.mountpoint, path, *steps)
+    assert found == expected
+
+
 def _known(paths: list[Path]) -> None:
     for path in paths:
         path.read_bytes()

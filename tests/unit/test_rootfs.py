@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rig.layers import MTIME_NS, Layer, Member, directory, file, hard_link, layer, symlink, whiteout
 from rig.pages import drop_pages
-from rig.treecalls import CALLER, Area, FakeKernel
+from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
 from fusestore.errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
 from fusestore.inodes import Branch, Changes, Inodes, Node, run
@@ -196,11 +196,32 @@ def test_a_number_taken_meanwhile_is_not_used_twice(area: Area) -> None:
     kernel.detach()
 
 
-def test_forgotten_objects_are_gone(kernel: FakeKernel) -> None:
+def test_of_what_the_kernel_forgot_the_last_few_thousand_live_on() -> None:
+    count = 5000
+    rootfs = _read_only(*(file(b"%d" % number) for number in range(count)))
+    inodes = rootfs._inodes
+    for number in range(count):
+        thing = rootfs.lookup(rootfs.root, b"%d" % number)
+        inodes.remember(thing)
+        inodes.forget(thing.ino, 1)
+    last = thing.ino
+    del thing
+    gc.collect()
+    assert len(rootfs._objects) == 4096
+    assert inodes.recalled(last).lookups == 0
+    with pytest.raises(Stale):
+        inodes.recalled(rootfs.lookup(rootfs.root, b"0").ino)
+
+
+def test_what_was_replaced_while_the_kernel_did_not_know_it_is_another(area: Area) -> None:
+    """By another mount; the file system below gives the number again."""
+    kernel = area.kernel()
+    kernel.chmod(b"d", 0o700)
     kernel.snapshot()
     kernel.forget()
-    gc.collect()
-    assert len(kernel.rootfs._objects) == 0
+    os.setxattr(area.diff / "d", b"trusted.overlay.opaque", b"y")
+    assert errno_from(kernel.node, b"d/a") == errno.ENOENT
+    kernel.detach()
 
 
 # Attributes
