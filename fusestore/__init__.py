@@ -6,6 +6,7 @@ below it (setup.cfg, checked by import-linter)::
     cli                     the commands; the only place that prints and reads argv and the environment
     daemon                  the background process of a mount
     mount                   one mount's life: start, serve, signals, unmount               trio
+    watch                   what it says of itself: status, requests that take long
     mountpoint              what is in its way, what is there, how it is taken away
     fuse                    pyfuse3's operations: decode, one call, encode; the errors     trio, pyfuse3
     tree                    what the mountpoint shows, by inode number
@@ -37,6 +38,7 @@ below it (setup.cfg, checked by import-linter)::
     tarwriter               the writer of tars
     synthetic               made-up objects of the tree
     inodes                  nodes, lookup counts, handles
+    meter                   requests counted and timed
     names, acl, syscalls    names checked once; POSIX ACLs; system calls Python lacks
     layout                  THE ON-DISK FORMAT
     nodes, errors           the vocabulary; every exception and its errno

@@ -344,7 +344,10 @@ class _SpanReader(LayerReader):
         end = min(offset + length, self.size)
         if offset >= end:
             return b""
-        return self._cached.read(offset, end, waits=False)
+        data = self._cached.read(offset, end, waits=False)
+        if data is not None:
+            self._cached.count(is_hit=True)
+        return data
 
     def read(self, offset: int, length: int) -> bytes:
         end = min(offset + length, self.size)
@@ -356,6 +359,8 @@ class _SpanReader(LayerReader):
             data = self._cached.read(offset, stop)
             if data is None:
                 data = self._span(span)[offset - starts[span] : stop - starts[span]]
+            else:
+                self._cached.count(is_hit=True)
             pieces.append(data)
             offset = stop
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -371,9 +376,9 @@ class _SpanReader(LayerReader):
         """A whole span that could not be read from the cache."""
         run, run_end = self._table.run(span)
         with self._run_locks[run % _RUN_LOCKS]:
-            if self._unstored and self._unstored[0] == span:
-                return self._unstored[1]
-            data = self._cached.load(span)
+            kept = self._unstored
+            data = kept[1] if kept and kept[0] == span else self._cached.load(span)
+            self._cached.count(is_hit=data is not None)
             return self._decode(run, run_end, span) if data is None else data
 
     def _decode(self, run: int, run_end: int, wanted: int) -> bytes:

@@ -24,6 +24,7 @@ import click
 from . import daemon
 from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout, default_run_dir, default_store_dir
+from .meter import prometheus
 from .mountpoint import check_mountpoint, unmount
 from .names import is_hex_id
 from .store import Image, Store
@@ -215,6 +216,71 @@ def _umount(places: _Places, mountpoint: str) -> None:
     mountpoint = _directory("MOUNTPOINT", mountpoint)
     with places.open() as store:
         unmount(store, mountpoint)
+
+
+@_command
+@click.argument("mountpoint")
+@_json
+@click.option("--prometheus", "as_metrics", is_flag=True, help="Metrics for Prometheus instead of a table.")
+@_places
+def _status(places: _Places, mountpoint: str, as_json: bool, as_metrics: bool) -> None:
+    """Show how a mount does: what it was asked, how fast it answered, what it holds.
+
+    Times are bounds: so many of 100 answers took less.
+    """
+    if as_json and as_metrics:
+        raise click.UsageError("--json and --prometheus exclude each other: give one")
+    with places.open() as store:
+        report = store.ask_mount(os.path.realpath(_directory("MOUNTPOINT", mountpoint)))
+    if as_json:
+        _print_json(report)
+    elif as_metrics:
+        click.echo(prometheus(report), nl=False)
+    else:
+        _print_status(report)
+
+
+def _print_status(report: dict[str, Any]) -> None:
+    containers, spans, memory = report["containers"], report["spans"], report["memory"]
+    reads = spans["hits"] + spans["misses"]
+    for what, value in (
+        ("mount point", report["mountpoint"]),
+        ("store", report["store"]),
+        ("driver", report["driver"]),
+        ("process", str(report["pid"])),
+        ("up", str(datetime.timedelta(seconds=int(report["uptime-s"])))),
+        ("containers", f"{containers['entered']} entered, {containers['in-use']} in use"),
+        ("known", f"{report['inodes']} inodes, {report['handles']} open handles"),
+        ("waiting", f"{report['waiting']} requests, {report['longest-waiting-s']:.1f} s at most"),
+        ("memory", f"{_size(memory['resident-bytes'])}, of which {_size(memory['anonymous-bytes'])} its own"),
+        ("descriptors", f"{report['descriptors']['open']} of {report['descriptors']['max']}"),
+        (
+            "decompressed",
+            f"{_size(spans['bytes'])} of {_size(spans['bytes-max'])}, "
+            + (f"{spans['hits'] / reads:.1%} of {reads} reads hit" if reads else "not read yet"),
+        ),
+        ("errors", ", ".join(f"{count} {name}" for name, count in report["errors"].items()) or "none"),
+    ):
+        click.echo(f"{what + ':':14}{printable(value)}")
+    _print_table(
+        ("REQUEST", "COUNT", "PER SECOND", "50 %", "90 %", "99 %"),
+        (
+            (
+                kind,
+                str(row["count"]),
+                f"{row['per-second']:.1f}",
+                *(_duration(row[f"p{part}-ns"]) for part in (50, 90, 99)),
+            )
+            for kind, row in report["requests"].items()
+        ),
+    )
+
+
+def _duration(nanoseconds: int) -> str:
+    for unit, length in (("s", 10**9), ("ms", 10**6), ("µs", 10**3)):
+        if nanoseconds >= length:
+            return f"{nanoseconds / length:.3g} {unit}"
+    return f"{nanoseconds} ns"
 
 
 @_command

@@ -84,6 +84,14 @@ class ContainerTree(FixedBranch):
             return self._owner.link(node.target, status.st_mtime_ns)
         return self._owner.directory(status.st_mtime_ns, MANY_LINKS)
 
+    def path(self, node: Node) -> bytes:
+        return b"containers/" + node.id.encode() if isinstance(node, ContainerDir) else b""
+
+    def live(self) -> tuple[int, int]:
+        """How many containers were entered and not let go since, and in how many something is open."""
+        known = list(self._dirs.values())
+        return sum(one.is_entered for one in known), sum(one.is_in_use for one in known)
+
     def lookup(self, node: Node, name: bytes) -> Maybe[Node]:
         if isinstance(node, ContainerDir):
             return self._lookup_in(node, name)

@@ -10,6 +10,7 @@ tried again there for a while: so whoever raises that must have changed nothing 
 """
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -24,6 +25,7 @@ import trio
 from .acl import ACCESS
 from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
 from .inodes import ROOT_INODE, Caller, Changes, FileHandle, Maybe
+from .meter import Meter
 from .nodes import Inode
 from .tree import Entry, Tree
 
@@ -46,19 +48,24 @@ _log = logging.getLogger("fusestore")
 
 
 def _bounded(handler: Handler) -> Handler:
-    """The error boundary around a handler."""
+    """The error boundary around a handler, which is counted and timed there."""
+    kind = handler.__name__
 
     @functools.wraps(handler)
     async def bounded(self: "Filesystem", *arguments: Any) -> Any:
+        began = self.meter.begin(kind, arguments)
         try:
             try:
                 return await handler(self, *arguments)
             except Locked:
                 return await _when_free(handler, (self, *arguments))
         except Exception as error:
-            _report(handler.__name__, error)
-            raise pyfuse3.FUSEError(errno_of(error)) from None
+            _report(kind, error)
+            number = errno_of(error)
+            self.meter.failed(errno.errorcode.get(number, str(number)))
+            raise pyfuse3.FUSEError(number) from None
         finally:
+            self.meter.end(kind, began)
             for ino in self.tree.inodes.take_outdated():
                 _outdate(ino)
 
@@ -102,6 +109,7 @@ class Filesystem(pyfuse3.Operations):
         super().__init__()
         self.enable_acl = enable_acl
         self.tree = tree
+        self.meter = Meter()
         self.waiting = 0
         """Requests that wait for a worker thread now."""
         self._limiter = trio.CapacityLimiter(_THREADS)

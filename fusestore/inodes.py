@@ -284,6 +284,12 @@ class Branch:
         """A file handle leads to `node`, which the kernel forgot. Raises Stale where it is there no more."""
         raise NotImplementedError
 
+    # For people
+
+    def path(self, node: Node) -> bytes:
+        """A path that leads to `node` from the mount point, where one is at hand; else empty. Any thread."""
+        return b""
+
 
 class Inodes:
     """The nodes the kernel counts lookups on. Touched by one thread only, the event loop's."""
@@ -384,6 +390,10 @@ class Handles:
 
     def file(self, number: int) -> FileHandle:
         return cast(FileHandle, self._handles[number])
+
+    def inode(self, number: int) -> Inode:
+        """What is open there. Raises KeyError."""
+        return cast(Node, self._handles[number].node).ino
 
     def open_files(self) -> set[Inode]:
         """The files that the kernel may hold unwritten pages of."""

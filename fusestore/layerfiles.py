@@ -175,6 +175,11 @@ class LayerFiles:
                 self._cache.adopt(self._layout.span_cache(Digest(f"sha256:{name}")) for name in layers)
             return self._cache
 
+    @property
+    def cache(self) -> SpanCache | None:
+        """None until the first layer is opened."""
+        return self._cache
+
     def _derive(self, ref: LayerRef) -> None:
         made = derive(self._layout.blob(ref.blob), blob=ref.blob, diff_id=ref.diff_id)
         with self._workspace.lock():

@@ -8,6 +8,7 @@ timers waiting: both rules are in `_RequestWait.wait_readable`.
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import resource
@@ -25,11 +26,12 @@ from .errors import BadInput, Busy, FusestoreError
 from .fuse import Filesystem
 from .inodes import Inodes
 from .mountpoint import attach, detach
-from .mounts import BELL_MAX, Changed, MountRecord
+from .mounts import BELL_MAX, HOW_ARE_YOU, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
 from .syscalls import syncfs
 from .tree import Tree
+from .watch import Watch
 
 __all__ = ["run"]
 
@@ -146,7 +148,8 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
         stack.callback(_close, device, departure)
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
-        trio.run(_serve, record, store, tree, trash, departure, ready)
+        watch = stack.enter_context(Watch(filesystem.meter, tree, store))
+        trio.run(_serve, record, store, tree, trash, departure, watch, ready)
     _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
 
 
@@ -232,11 +235,12 @@ async def _serve(
     tree: Tree,
     trash: _Trash,
     departure: "_Departure",
+    watch: Watch,
     ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(departure.run)
-        nursery.start_soon(_answer_bell, record, store, tree)
+        nursery.start_soon(_answer_bell, record, store, tree, watch)
         nursery.start_soon(_announce, record.mountpoint, ready)
         nursery.start_soon(trash.run)
         await pyfuse3.main()
@@ -249,8 +253,8 @@ async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
     ready()
 
 
-async def _answer_bell(record: MountRecord, store: Store, tree: Tree) -> None:
-    """Have the kernel forget what other processes say they changed."""
+async def _answer_bell(record: MountRecord, store: Store, tree: Tree, watch: Watch) -> None:
+    """Have the kernel forget what other processes say they changed; tell those who ask how the mount does."""
     assert record.bell is not None, "only the daemon has one"
     record.bell.setblocking(False)
     bell = trio.socket.from_stdlib_socket(record.bell)
@@ -262,15 +266,25 @@ async def _answer_bell(record: MountRecord, store: Store, tree: Tree) -> None:
                 _log.warning("the bell: %s", error)
                 await trio.sleep(_BELL_PAUSE_S)
             else:
-                nursery.start_soon(_hear, connection, record, store, tree, nursery)
+                nursery.start_soon(_hear, connection, record, store, tree, watch, nursery)
 
 
 async def _hear(
-    connection: trio.socket.SocketType, record: MountRecord, store: Store, tree: Tree, nursery: trio.Nursery
+    connection: trio.socket.SocketType,
+    record: MountRecord,
+    store: Store,
+    tree: Tree,
+    watch: Watch,
+    nursery: trio.Nursery,
 ) -> None:
     with connection, trio.move_on_after(_HEARING_S):
         try:
-            changed = Changed.decode(await connection.recv(BELL_MAX))
+            said = await connection.recv(BELL_MAX)
+            if said == HOW_ARE_YOU:
+                with contextlib.suppress(BrokenPipeError):  # who asked waits no more
+                    await connection.send(json.dumps(watch.report(record)).encode())
+                return
+            changed = Changed.decode(said)
             if changed.place == "images":
                 await trio.to_thread.run_sync(store.reopen_layers)
             place = tree.heard(changed)

@@ -6,7 +6,8 @@ lives, locked.
 
 Beside it is a socket, the mount's bell. Kernels keep what a mount told them of a container or an image until
 they are told otherwise; so whoever changes one in the store rings, names it, and waits until every mount has
-its kernel forget. A mount that does not answer is left alone after `_PATIENCE_S`.
+its kernel forget. A mount that does not answer is left alone after `_PATIENCE_S`. At the bell a mount is also
+asked how it does; who may is a matter of the run directory's modes.
 
 The rule a maintainer must not break: a mount that waits at a bell answers its own, whatever its kernel does.
 A request that rings keeps locks in the kernel until it is answered, and to forget the kernel may need those.
@@ -20,19 +21,34 @@ import os
 import secrets
 import socket
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .durable import discard
-from .errors import StoreUnusable
+from .errors import Busy, NotFound, StoreUnusable
 from .layout import BELL_SUFFIX, UNFINISHED_MOUNT, RunLayout
 
-__all__ = ["BELL_MAX", "Changed", "MountRecord", "Mounts", "forget_former_boot", "is_of_this_boot"]
+__all__ = [
+    "BELL_MAX",
+    "HOW_ARE_YOU",
+    "Changed",
+    "MountRecord",
+    "Mounts",
+    "forget_former_boot",
+    "is_of_this_boot",
+]
 
 BELL_MAX = 1 << 12
 """Bytes of what is said at a bell."""
 
+HOW_ARE_YOU = b"?"
+"""Said at a bell: the answer is a JSON object, what `fusestore status` shows."""
+
+_ANSWER_MAX = 1 << 17
+"""Bytes; what a socket takes at once."""
+
 _RECORD_MAX = 1 << 16
 _PATIENCE_S = 1.0
+_ANSWER_S = 5.0
 
 _log = logging.getLogger("fusestore")
 
@@ -75,10 +91,14 @@ class MountRecord:
         self.pid = pid
         self.driver = driver
         self.bell = bell
-        """In the daemon: listens; each connection says one `Changed` and waits for one byte."""
+        """In the daemon: listens; each connection says one `Changed` and waits for one byte, or asks."""
         self._path = path
         self._fd = fd
         self._ringing = ringing
+
+    @property
+    def bell_name(self) -> str:
+        return os.path.basename(self._path) + BELL_SUFFIX
 
     @property
     def is_ringing(self) -> bool:
@@ -174,14 +194,37 @@ class Mounts:
             _log.warning("a mount of this store does not answer: it may show %s for a while", changed.name)
 
     def _ring(self, name: str, changed: Changed) -> None:
+        self._say(name, changed.encode(), _PATIENCE_S, 1)
+
+    def ask(self, mountpoint: str) -> dict[str, Any]:
+        """What the newest mount at `mountpoint` says of itself.
+
+        Raises NotFound; Busy where it says nothing.
+        """
+        for record in reversed(self.live()):
+            if record.mountpoint == mountpoint:
+                break
+        else:
+            raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
+        log = self._run.mount_log(os.fsencode(mountpoint))
+        try:
+            said = self._say(record.bell_name, HOW_ARE_YOU, _ANSWER_S, _ANSWER_MAX)
+            answer: dict[str, Any] = json.loads(said)
+        except (OSError, ValueError):
+            raise Busy(
+                f"the mount at {mountpoint} (process {record.pid}) does not answer: see its log, {log}"
+            ) from None
+        return answer
+
+    def _say(self, name: str, message: bytes, patience_s: float, answer_max: int) -> bytes:
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
             self._short_path() as directory,
         ):
-            connection.settimeout(_PATIENCE_S)
+            connection.settimeout(patience_s)
             connection.connect(f"{directory}/{name}")
-            connection.send(changed.encode())
-            connection.recv(1)
+            connection.send(message)
+            return connection.recv(answer_max)
 
     def live(self) -> list[MountRecord]:
         """Newest last. Removes the files of those that ended without closing theirs."""

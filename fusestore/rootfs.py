@@ -621,6 +621,17 @@ class Rootfs(Branch):
             return self.label
         raise NoAttribute("no such attribute")
 
+    def path(self, node: Node) -> bytes:
+        names = []
+        at: Object | None = _object(node)
+        while at is not None and at is not self.root:
+            names.append(at.name)
+            at = at.parent
+        if at is None:
+            return b""  # it lost its last name
+        outer = self._outer.branch.path(self._outer)
+        return b"/".join([*([outer] if outer else []), *reversed(names)])
+
     # Content
 
     def open(self, node: Node, flags: int, caller: Caller) -> Maybe[FileHandle]:

@@ -97,6 +97,10 @@ class SpanCache:
         self._dormant: dict[bytes, _Dormant] = {}
         self._parked: OrderedDict[tuple[SpanFile, int], RunDecoder] = OrderedDict()
         self._warned = False
+        self.hits = 0
+        self.misses = 0
+        """Reads of what was decoded before, and spans that had to be decoded. Counted without a lock: beside
+        each other threads may miss one."""
 
     @property
     def used(self) -> int:
@@ -291,6 +295,13 @@ class SpanFile:
             if self._held[span] or not self._write(entry, data):
                 self._cache._unreserve(entry.size)
             return self._held[span] is not None
+
+    def count(self, *, is_hit: bool) -> None:
+        """A read was served from what was decoded before, or not."""
+        if is_hit:
+            self._cache.hits += 1
+        else:
+            self._cache.misses += 1
 
     def park(self, run: int, decoder: RunDecoder) -> None:
         """Keep an unfinished decode of `run`, in memory, for whoever reads on; a few per process are kept."""

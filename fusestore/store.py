@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import metadata, oci
 from .containers import Container, Containers, Draft, Hold
@@ -61,6 +61,7 @@ __all__ = [
     "MountRecord",
     "Progress",
     "Scratch",
+    "SpanUse",
     "Store",
 ]
 
@@ -84,6 +85,17 @@ class ContainerInfo:
     """What `Store.run_dir` gives."""
     config: dict[str, Any]
     """The OCI config of its image; {} while it has none."""
+
+
+class SpanUse(NamedTuple):
+    """The cache of what was decompressed (fusestore.spancache)."""
+
+    hits: int = 0
+    misses: int = 0
+    used: int = 0
+    """Bytes on disk."""
+    capacity: int = 0
+    """Bytes it may take."""
 
 
 class Store:
@@ -258,6 +270,11 @@ class Store:
         Missing or damaged derived files are made again, which takes time. Raises StoreDamaged for blobs.
         """
         return [self._layers.open(ref) for ref in image.layers]
+
+    def span_use(self) -> SpanUse:
+        """What became of reads of compressed layers, by this process, until now."""
+        cache = self._layers.cache
+        return SpanUse() if cache is None else SpanUse(cache.hits, cache.misses, cache.used, cache.capacity)
 
     def reopen_layers(self) -> None:
         """Has open layers read the blobs that are there now: an import, also by others, may replace some."""
@@ -458,6 +475,13 @@ class Store:
     def mounts(self) -> list[MountRecord]:
         """The live mounts of this store."""
         return self._mounts.live()
+
+    def ask_mount(self, mountpoint: str) -> dict[str, Any]:
+        """What the mount at `mountpoint`, a path without symlinks, says of itself (fusestore.watch).
+
+        Raises NotFound; Busy where it does not answer within seconds.
+        """
+        return self._mounts.ask(mountpoint)
 
     def scheme(self, proposed: str) -> str:
         """How containers' files are kept (layout.py): as the store says, or `proposed` if it does not yet."""

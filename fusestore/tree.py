@@ -109,6 +109,15 @@ class Tree:
         """How long the kernel may believe that a name `lookup` did not find is missing there."""
         return self.inodes.node(parent_ino).branch.absence_timeout_s
 
+    def path(self, ino: int) -> bytes:
+        """For people: where that inode is, as far as that is at hand. Any thread. Raises Stale."""
+        node = self.inodes.node(ino)
+        return node.branch.path(node)
+
+    def live_containers(self) -> tuple[int, int]:
+        """How many containers somebody was in, and in how many something is open."""
+        return self._containers.live()
+
     def heard(self, changed: Changed) -> tuple[int, bytes] | None:
         """Another process changed something in the store: directory and name that the kernel must forget."""
         name = changed.name.encode()
