@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .errors import Busy, StoreUnusable
 from .layout import INTENT
+from .syscalls import syncfs
 
 __all__ = [
     "Disk",
@@ -59,6 +60,8 @@ _DAMAGE = frozenset(
     ]
 )
 
+_UNREACHABLE = frozenset([errno.EACCES, errno.ENAMETOOLONG])
+
 
 class Disk:
     """The primitives that change a disk. Tests put a subclass in place of `disk`, to fail at any of them."""
@@ -68,6 +71,9 @@ class Disk:
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
+
+    def syncfs(self, fd: int) -> None:
+        syncfs(fd)
 
     def mkdir(self, path: str, mode: int) -> None:
         os.mkdir(path, mode)
@@ -183,15 +189,49 @@ def _sync_directory(path: str) -> None:
 
 
 def _sync_tree(path: str) -> None:
-    """fsync of every regular file and directory below `path`, and of itself, children first."""
-    for directory, _, files in os.walk(path, topdown=False):
-        for name in files:
-            fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """Puts on disk all that is at and below the directory `path`, children first.
+
+    What cannot be opened to sync it, because of its type, its mode or its path's length, is put there with
+    the whole file system: a directory's fsync(2) says nothing of the attributes of what is in it.
+    """
+    root = open_directory(path)  # before the others: syncfs(2) tells of what failed since
+    try:
+        directories = [path]
+        is_whole = True
+        for directory in directories:
             try:
-                disk.fsync(fd)
-            finally:
-                os.close(fd)
-        _sync_directory(directory)
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            directories.append(entry.path)
+                        else:
+                            is_whole &= entry.is_file(follow_symlinks=False) and _sync_file(entry.path)
+            except OSError as error:
+                if error.errno not in _UNREACHABLE:
+                    raise
+                is_whole = False
+        if is_whole:
+            for directory in reversed(directories):
+                _sync_directory(directory)
+        else:
+            disk.syncfs(root)
+    finally:
+        os.close(root)
+
+
+def _sync_file(path: str) -> bool:
+    """False where the regular file at `path` cannot be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _UNREACHABLE:
+            raise
+        return False
+    try:
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+    return True
 
 
 def _unique() -> str:

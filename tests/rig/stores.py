@@ -50,6 +50,9 @@ class Unsynced(durable.Disk):
     def fsync(self, fd: int) -> None:
         pass
 
+    def syncfs(self, fd: int) -> None:
+        pass
+
 
 class Dying(Unsynced):
     """Lets `steps` primitives happen, then none any more."""

@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,10 @@ class Recorder(Disk):
     def fsync(self, fd: int) -> None:
         self.done.append("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
         super().fsync(fd)
+
+    def syncfs(self, fd: int) -> None:
+        self.done.append("syncfs " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        super().syncfs(fd)
 
     def rename(self, source: str, target: str) -> None:
         self.done.append("rename " + os.path.basename(target))
@@ -63,6 +69,58 @@ def test_staged_things_are_synced_with_all_their_directories(
         assert recorder.done == [
             f"fsync {name}" for name in ("file", "b", "a", os.path.basename(scratch.path), "tmp")
         ]
+
+
+def _socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path)
+
+
+def _deep(path: str) -> None:
+    """A tree whose last paths are longer than the kernel takes."""
+    here = os.open(os.path.dirname(path), os.O_RDONLY)
+    for _ in range(30):
+        os.mkdir("d" * 200, dir_fd=here)
+        below = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+
+
+def _whiteout(path: str) -> None:
+    os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, _socket, _whiteout, partial(os.symlink, "/nowhere"), partial(os.symlink, "/"), _deep]
+)
+def test_what_cannot_be_opened_is_synced_with_the_file_system(
+    workspace: Workspace, recorder: Recorder, make: Callable[[str], None]
+) -> None:
+    with workspace.scratch() as scratch:
+        scratch.write("file", b"data")
+        make(scratch.join("other"))
+        scratch.sync()
+        top = os.path.basename(scratch.path)
+        assert "fsync file" in recorder.done
+        assert recorder.done[-2:] == [f"syncfs {top}", "fsync tmp"]
+
+
+def test_what_may_not_be_read_is_synced_with_the_file_system(
+    workspace: Workspace, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def refuse(path: str, *rest: int) -> int:
+        if path.endswith("/secret"):
+            raise PermissionError(errno.EACCES, "mode 000", path)
+        return opened(path, *rest)
+
+    with workspace.scratch() as scratch:
+        scratch.write("secret", b"data")
+        monkeypatch.setattr(os, "open", refuse)
+        scratch.sync()
+        assert recorder.done[0].startswith("syncfs ")
 
 
 def test_both_directories_of_a_removal_are_synced(
