@@ -17,7 +17,6 @@ empty directory.
 import fcntl
 import json
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import errors
@@ -124,7 +123,7 @@ class ContainerDir(Node):
         self.is_mounted = False
         self._parts: dict[bytes, RootfsBranch] = {}
         self._removal: _Removal | None = None
-        self._rundir: Path | None = None
+        self._rundir: str | None = None
         self._document: DocumentNode | None = None
         self._label = b""
         self._version: object = None
@@ -265,7 +264,7 @@ class ContainerDir(Node):
     def make_rundir(self) -> Steps[None]:
         if self._rundir is None:
             path = yield lambda: self.around.store.run_dir(self.id)
-            self._rundir = Path(path)
+            self._rundir = os.fspath(path)
 
     def part_now(self, name: bytes) -> Node:
         """As `part`; rundir only after `make_rundir`. Raises NotFound for what was removed."""
@@ -285,7 +284,7 @@ class ContainerDir(Node):
             if name == b"rootfs":
                 part = driver.container_rootfs(self.id, self, self._label)
             elif name == b"workdir":
-                part = driver.directory(Path(self.around.layout.workdir(self.id)), self)
+                part = driver.directory(self.around.layout.workdir(self.id), self)
             elif self._rundir is not None:
                 part = driver.directory(self._rundir, self)
             else:

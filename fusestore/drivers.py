@@ -12,7 +12,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 from .blobs import LayerReader
@@ -45,6 +44,8 @@ class _SharedObject(Object):
 
 class _SharedTree(WritableRootfs):
     """A directory in which others write too, past the mount: `Store.work_dir` says where it is."""
+
+    __slots__ = ()
 
     absence_timeout_s = 0.0
     object_type = _SharedObject
@@ -100,7 +101,7 @@ class UnionDriver:
         """The container's rootfs for reading only: looking changes nothing, not even that it was entered."""
         return self._read_only(parent, _ContainerOpener(self, self._store, container_id, is_entering=False))
 
-    def directory(self, path: Path, parent: Node) -> WritableRootfs:
+    def directory(self, path: str, parent: Node) -> WritableRootfs:
         """A real directory of the store's or the run directory's."""
         opener = _DirectoryOpener(self, path)
         return _SharedTree(self._inodes, self._descriptors, next(self._serials), parent, opener)
@@ -182,7 +183,9 @@ class _ImageOpener:
 class _DirectoryOpener:
     """A directory, as it is, in the upper's way of keeping owners."""
 
-    def __init__(self, driver: UnionDriver, path: Path) -> None:
+    __slots__ = ("_driver", "_path")
+
+    def __init__(self, driver: UnionDriver, path: str) -> None:
         self._driver = driver
         self._path = path
 
@@ -207,6 +210,8 @@ class _ContainerOpener:
 
     Whether it is there tells whether the container can still be bound to an image.
     """
+
+    __slots__ = ("_driver", "_id", "_is_entering", "_store")
 
     def __init__(
         self, driver: UnionDriver, store: Store, container_id: str, *, is_entering: bool = True

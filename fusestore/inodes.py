@@ -171,6 +171,8 @@ class Branch:
     annotation is Maybe. They raise FusestoreError or OSError, nothing else on purpose.
     """
 
+    __slots__ = ("__weakref__",)
+
     absence_timeout_s: ClassVar[float] = 0.0
     """How long the kernel may believe that a name is missing."""
 

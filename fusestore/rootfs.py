@@ -287,8 +287,33 @@ def read_extents(reader: LayerReader, extents: Sequence[Extent], offset: int, si
     return bytes(result)
 
 
+_NO_OBJECTS: WeakValueDictionary[Ref | int, Object] = WeakValueDictionary()
+_NONE_MOVED: dict[bytes, Object] = {}
+"""Of trees that were never opened: these two, empty, take a kilobyte."""
+
+
 class Rootfs(Branch):
-    """A read-only tree of layers. Opened on first use; `detach` ends it."""
+    """A read-only tree of layers. Opened on first use; `detach` ends it.
+
+    A mount has three for each container it was asked about, most of which nobody ever enters: they are small
+    until then.
+    """
+
+    __slots__ = (
+        "_descriptors",
+        "_hold",
+        "_inodes",
+        "_is_detached",
+        "_moved",
+        "_objects",
+        "_opened",
+        "_opener",
+        "_outer",
+        "_serial",
+        "_uses",
+        "label",
+        "root",
+    )
 
     absence_timeout_s = FOREVER_S
     object_type: ClassVar[type[Object]] = Object
@@ -314,8 +339,8 @@ class Rootfs(Branch):
         self._is_detached = False
         self._uses = 0
         self._hold: Closable | None = None
-        self._objects: WeakValueDictionary[Ref | int, Object] = WeakValueDictionary()
-        self._moved: dict[bytes, Object] = {}
+        self._objects = _NO_OBJECTS
+        self._moved = _NONE_MOVED
         """Where directories of the image are that were renamed, by their path in the image."""
         self.root = RootObject(self, inodes.number(), None, b"", Resolved(-1, (), stat.S_IFDIR))
 
@@ -340,6 +365,9 @@ class Rootfs(Branch):
 
     def _take(self, opened: Opened) -> None:
         self._opened = opened
+        if self._objects is _NO_OBJECTS:
+            self._objects = WeakValueDictionary()
+            self._moved = {}
         self.root.stack = opened.lower.root
         self.root.in_upper = opened.upper is not None
         if opened.upper is not None:

@@ -89,8 +89,8 @@ class RootfsDriver(Protocol):
 
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> RootfsBranch: ...
 
-    def directory(self, path: Any, parent: Node) -> RootfsBranch:
-        """`path`: a pathlib.Path of a real directory, shown as it is."""
+    def directory(self, path: str, parent: Node) -> RootfsBranch:
+        """`path`: a real directory, shown as it is."""
         ...
 
     def image_rootfs(self, image: Any, parent: Node) -> RootfsBranch:

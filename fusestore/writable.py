@@ -50,6 +50,8 @@ _COPY_CHUNK = 1 << 20
 class WritableRootfs(Rootfs):
     """A rootfs over an upper directory."""
 
+    __slots__ = ()
+
     @property
     def _upper(self) -> Upper:
         upper = self.opened.upper

@@ -36,7 +36,7 @@ LARGE, LARGE_ROUNDS = 1 << 30, 3
 """Bytes of a file that is read while other things are done, and how often."""
 SMALL_FILES = 20_000
 FEW, MANY = 1_000, 200_000
-"""Files in a directory."""
+"""Files in a directory, or containers."""
 
 COMMAND = [sys.executable, "-m", "fusestore"]
 PLAIN_LOOP = "import trio, fusestore.mount as m, fusestore.cli as c; m._stand_in = lambda _: trio; c.main()"
@@ -144,6 +144,12 @@ def walk(root: Path) -> int:
                 if entry.is_dir(follow_symlinks=False):
                     stack.append(entry.path)
     return count
+
+
+def look(container: Path) -> int:
+    """lstat a container and what is right in it; how many inodes that is."""
+    with os.scandir(container) as entries:
+        return 1 + sum(1 for entry in entries if entry.stat(follow_symlinks=False))
 
 
 def read_all(root: Path) -> None:
@@ -274,6 +280,14 @@ def bench_memory(base: Path, images: Images) -> None:
         count += walk(place.mountpoint / f"containers/m{number}/rootfs")
     each = (place.memory() - before) / count
     row("memory of the daemon for each inode the kernel knows", "1 KiB", each / 1024, f"{each:.0f} bytes")
+    for number in range(FEW):
+        (place.mountpoint / f"containers/n{number}").mkdir()
+    place.umount()
+    place.mount()
+    before = place.memory()
+    count = sum(look(place.mountpoint / f"containers/n{number}") for number in range(FEW))
+    each = (place.memory() - before) / count
+    row("the same, of containers nobody entered", "1 KiB", each / 1024, f"{each:.0f} bytes")
     place.umount()
 
 

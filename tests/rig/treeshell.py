@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fusestore.errors import NotFound, Stale
@@ -100,9 +99,9 @@ class FakeDriver:
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> FakeRootfs:
         return self._make(parent, f"container {container_id}", label)
 
-    def directory(self, path: Path, parent: Node) -> FakeRootfs:
-        assert path.is_dir()
-        return self._make(parent, path.name)
+    def directory(self, path: str, parent: Node) -> FakeRootfs:
+        assert os.path.isdir(path)
+        return self._make(parent, os.path.basename(path))
 
     def image_rootfs(self, image: Image, parent: Node) -> FakeRootfs:
         return self._make(parent, f"image {image.id}")
