@@ -474,7 +474,7 @@ class Rootfs(Branch):
             return thing
         if thing.lookups == 0:
             # Its number may have become another's while the kernel did not know it.
-            thing.ino = self._ino(directory, name, what)
+            thing.ino = self._inodes.number(thing.ino)
         thing.meet(directory, name)
         return thing
 

@@ -156,13 +156,14 @@ class FakeKernel:
         self._inodes.forget(dentry.node.ino, 1)
 
     def forget(self) -> None:
-        """Forget all but the root and what is open."""
+        """Forget all but the root and what is open, and so much else that no node of it lives on."""
         for child in self._root.children.values():
             self._drop(child)
         self._root.children.clear()
+        self._inodes._forgotten.clear()
 
     def forget_one(self, path: bytes) -> None:
-        """Forget the name `path` and all below it, if it is known."""
+        """Forget the name `path` and all below it, if it is known; nodes live on."""
         dentry: _Dentry | None = self._root
         *above, name = path.split(b"/")
         for step in above:

@@ -9,7 +9,7 @@ from types import GeneratorType
 from typing import Any
 
 import pytest
-from rig.layers import MTIME_NS, Layer, Member, directory, file, hard_link, layer, symlink, whiteout
+from rig.layers import MTIME_NS, Layer, Member, directory, fifo, file, hard_link, layer, symlink, whiteout
 from rig.pages import drop_pages
 from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
@@ -147,6 +147,19 @@ def test_a_copys_number_comes_back_after_the_kernel_forgot(scheme: Scheme) -> No
     area.close()
 
 
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_a_number_that_is_not_on_disk_stays_while_the_node_lives_on(scheme: Scheme) -> None:
+    area = Area([layer(symlink(b"s", b"a"), fifo(b"f"))], scheme)
+    kernel = area.kernel()
+    before = [kernel.node(path).ino for path in (b"s", b"f")]
+    for path in (b"s", b"f"):
+        kernel.utimens(path, 5)
+        kernel.forget_one(path)
+    assert [kernel.node(path).ino for path in (b"s", b"f")] == before
+    kernel.detach()
+    area.close()
+
+
 @pytest.mark.parametrize("record", [b"", b"1", b"x:y", b"-1:5", b"1:2:3", b"0:99999999999999999999"])
 def test_a_damaged_origin_only_costs_the_number(area: Area, kernel: FakeKernel, record: bytes) -> None:
     kernel.write(b"d/a", 0, b"new")
@@ -218,7 +231,7 @@ def test_what_was_replaced_while_the_kernel_did_not_know_it_is_another(area: Are
     kernel = area.kernel()
     kernel.chmod(b"d", 0o700)
     kernel.snapshot()
-    kernel.forget()
+    kernel.forget_one(b"d")
     os.setxattr(area.diff / "d", b"trusted.overlay.opaque", b"y")
     assert errno_from(kernel.node, b"d/a") == errno.ENOENT
     kernel.detach()
