@@ -130,6 +130,7 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
     options = _options(allow_other)
     with contextlib.ExitStack() as stack:
         trash = _Trash(store)
+        store.leave_trash()
 
         def make_driver(store: Store, inodes: Inodes) -> UnionDriver:
             driver = chosen(store, inodes)
@@ -210,7 +211,10 @@ def _options(allow_other: bool) -> set[str]:
 
 
 class _Trash:
-    """Empties the store's trash in the background, one worker at a time."""
+    """Empties the store's trash in the background, one worker at a time.
+
+    The end of the mount does not wait for it: what is left the next mount deletes.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -222,7 +226,7 @@ class _Trash:
     async def run(self) -> None:
         while True:
             try:
-                await trio.to_thread.run_sync(self._store.empty_trash)
+                await trio.to_thread.run_sync(self._store.empty_trash, abandon_on_cancel=True)
             except OSError as error:
                 _log.warning("trash: %s", error)
             await self._wanted.wait()
@@ -303,7 +307,7 @@ async def _hear(
 
 async def _forget(place: tuple[int, bytes], forgotten: trio.Event) -> None:
     try:
-        await trio.to_thread.run_sync(_invalidate, *place)
+        await trio.to_thread.run_sync(_invalidate, *place, abandon_on_cancel=True)
     except OSError as error:
         _log.warning("the kernel did not forget %r: %s", place[1], error)
     finally:

@@ -112,6 +112,7 @@ class Store:
         self._importer = Importer(layout, self._workspace, self._images, self._layers)
         self._mounts = Mounts(run)
         self._leaves_trash = False
+        self._empties_trash = True
         self.is_new = False
         """Whether `open` made the store."""
 
@@ -155,7 +156,7 @@ class Store:
     def close(self) -> None:
         """Gives back what this object deleted, and closes layers nobody uses. Idempotent."""
         self._layers.close()
-        if self._leaves_trash:
+        if self._leaves_trash and self._empties_trash:
             self.empty_trash()
 
     def __enter__(self) -> "Store":
@@ -522,6 +523,10 @@ class Store:
         self._workspace.empty_trash()
         self._containers.empty_run_trash()
         self._leaves_trash = False
+
+    def leave_trash(self) -> None:
+        """Have `close` leave what is in the trash to the next `empty_trash`, by whomever: it ends at once."""
+        self._empties_trash = False
 
     # Parts
 

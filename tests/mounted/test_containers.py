@@ -87,6 +87,12 @@ def test_what_was_removed_leaves_the_disk(fresh: Mount) -> None:
     wait_until(lambda: not os.listdir(fresh.store / "trash"))
 
 
+def test_what_a_mount_left_in_the_trash_the_next_deletes(unmounted: Mount) -> None:
+    unmounted.person.run("mkdir", "-p", unmounted.store / "trash/left/deep").ok()
+    unmounted.mount()
+    wait_until(lambda: not os.listdir(unmounted.store / "trash"))
+
+
 def test_an_id_can_be_used_again_after_rmdir(mounted: Mount) -> None:
     name = mounted.new_id()
     mounted.sh("cd containers && mkdir $1 && echo old > $1/rootfs/file && rmdir $1", name).ok()
