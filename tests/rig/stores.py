@@ -121,5 +121,5 @@ def _stepping(name: str) -> Callable[..., Any]:
     return primitive
 
 
-for _name in ("write", "fsync", "mkdir", "create", "symlink", "rename", "unlink", "rmdir"):
+for _name in ("write", "fsync", "syncfs", "mkdir", "create", "symlink", "rename", "unlink", "rmdir"):
     setattr(Dying, _name, _stepping(_name))

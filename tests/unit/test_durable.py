@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from rig.stores import fail_to_open
 
 from fusestore import durable
 from fusestore.durable import Disk, Workspace, lock_directory, read_file
@@ -109,16 +110,9 @@ def test_what_cannot_be_opened_is_synced_with_the_file_system(
 def test_what_may_not_be_read_is_synced_with_the_file_system(
     workspace: Workspace, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = os.open
-
-    def refuse(path: str, *rest: int) -> int:
-        if path.endswith("/secret"):
-            raise PermissionError(errno.EACCES, "mode 000", path)
-        return opened(path, *rest)
-
     with workspace.scratch() as scratch:
         scratch.write("secret", b"data")
-        monkeypatch.setattr(os, "open", refuse)
+        fail_to_open(monkeypatch, scratch.join("secret"), errno.EACCES)
         scratch.sync()
         assert recorder.done[0].startswith("syncfs ")
 
