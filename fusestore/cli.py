@@ -25,7 +25,7 @@ from . import daemon
 from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout, default_run_dir, default_store_dir
 from .meter import prometheus
-from .mountpoint import check_mountpoint, unmount
+from .mountpoint import check_mountpoint, check_not_within, unmount
 from .names import is_hex_id
 from .store import Image, Store
 
@@ -196,6 +196,7 @@ def _mount(
 
         with places.open(cache_size=cache_size) as store:
             log = None if foreground else RunLayout(store.run_path).mount_log(os.fsencode(mountpoint))
+            check_not_within(store, mountpoint, places.run_dir)
             daemon.log_to(log)
             mount.run(store, mountpoint, driver=driver, allow_other=allow_other, ready=ready)
 

@@ -22,7 +22,7 @@ from .layout import Layout, run_layout
 from .store import Store
 from .syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_POSIXACL, mount, syncfs, umount2
 
-__all__ = ["attach", "check_mountpoint", "detach", "is_mounted", "unmount"]
+__all__ = ["attach", "check_mountpoint", "check_not_within", "detach", "device_at", "unmount"]
 
 _OURS = "fuse.fusestore"
 _UNMOUNT_TIMEOUT_S = 60.0
@@ -56,6 +56,20 @@ def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
 def _is_usable(mountpoint: str) -> bool:
     """False for a dead mount."""
     try:
+def check_not_within(store: Store, mountpoint: str, run_dir: str) -> None:
+    """Raises NotPermitted where one mount of a store would need another of it, or be in its way."""
+    places = [("", os.path.realpath(mountpoint)), *_needed(store.path, run_dir)]
+    for record in store.mounts():
+        if _mounted(record.mountpoint) != _OURS:
+            continue  # in another mount namespace
+        for what, path in places:
+            if os.path.commonpath([record.mountpoint, path]) == record.mountpoint:
+                raise NotPermitted(
+                    f"{what or mountpoint} lies in {record.mountpoint}, a mount of the same store: "
+                    "choose a place outside of it"
+                )
+
+
         # Opened, not only looked at: the kernel knows the attributes of a mount whose daemon died.
         os.close(os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except FileNotFoundError:

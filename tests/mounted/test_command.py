@@ -231,6 +231,13 @@ def test_a_closed_fuse_device_is_explained(unmounted: Mount) -> None:
         check=False,
     )
     device.unlink()
+def test_a_mount_inside_another_of_its_store_is_refused(fresh: Mount) -> None:
+    fresh.sh("mkdir -p containers/a/workdir/mnt").ok()
+    result = fresh.fusestore("mount", fresh.containers / "a/workdir/mnt")
+    assert result.code == 1
+    _says(result.err, f"lies in {fresh.mountpoint}, a mount of the same store", "outside of it")
+
+
     assert done.returncode == 1
     _says(done.stderr, "chmod 0666 /dev/fuse")
 
