@@ -25,7 +25,7 @@ from .drivers import DRIVERS, UnionDriver
 from .errors import BadInput, Busy, FusestoreError
 from .fuse import Filesystem
 from .inodes import Inodes
-from .mountpoint import attach, detach
+from .mountpoint import attach, detach, device_at
 from .mounts import BELL_MAX, HOW_ARE_YOU, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
@@ -147,6 +147,7 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
         departure = _Departure(mountpoint, tree)
         device = _init(filesystem, mountpoint, options)
         stack.callback(_close, device, departure)
+        departure.device = device_at(mountpoint)
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
         stack.callback(record.close)
         watch = stack.enter_context(Watch(filesystem.meter, tree, store))
@@ -331,6 +332,8 @@ class _Departure:
 
     def __init__(self, mountpoint: str, tree: Tree) -> None:
         self.mountpoint = mountpoint
+        self.device: str | None = None
+        """What is mounted there."""
         self._tree = tree
         self.is_detached = False
         """The mount point may be another's by now."""
@@ -352,14 +355,16 @@ class _Departure:
     async def _detach(self) -> None:
         """In a thread: the kernel asks us to write what it holds."""
         try:
-            await trio.to_thread.run_sync(_detach, self.mountpoint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(_detach, self.mountpoint, self.device, abandon_on_cancel=True)
         except FusestoreError as error:
             _log.error("%s", error)
         else:
             self.is_detached = True
 
 
-def _detach(mountpoint: str) -> None:
+def _detach(mountpoint: str, device: str | None) -> None:
+    if device_at(mountpoint) != device:
+        return  # unmounted already: another mount namespace has it still
     try:
         detach(mountpoint)
     except Busy:

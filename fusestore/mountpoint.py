@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from typing import NamedTuple
 
 from .errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from .layout import Layout, run_layout
@@ -25,10 +26,12 @@ from .syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_POSIXACL, mount, syncf
 __all__ = ["attach", "check_mountpoint", "check_not_within", "detach", "device_at", "unmount"]
 
 _OURS = "fuse.fusestore"
-_UNMOUNT_TIMEOUT_S = 60.0
+_UNMOUNT_TIMEOUT_S = 30.0
+_KEPT_TIMEOUT_S = 3.0
+"""How long an ordinary end may take, before it is looked for who keeps the mount."""
+_COMMAND_MAX = 80
 _EXIT_TIMEOUT_S = 5.0
 _POLL_S = 0.01
-_LEAVE = "leave it and close its files, then try again"
 
 
 def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
@@ -53,9 +56,6 @@ def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
             )
 
 
-def _is_usable(mountpoint: str) -> bool:
-    """False for a dead mount."""
-    try:
 def check_not_within(store: Store, mountpoint: str, run_dir: str) -> None:
     """Raises NotPermitted where one mount of a store would need another of it, or be in its way."""
     places = [("", os.path.realpath(mountpoint)), *_needed(store.path, run_dir)]
@@ -70,6 +70,9 @@ def check_not_within(store: Store, mountpoint: str, run_dir: str) -> None:
                 )
 
 
+def _is_usable(mountpoint: str) -> bool:
+    """False for a dead mount."""
+    try:
         # Opened, not only looked at: the kernel knows the attributes of a mount whose daemon died.
         os.close(os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except FileNotFoundError:
@@ -97,21 +100,58 @@ def _needed(store: str, run_dir: str) -> Iterator[tuple[str, str]]:
             yield what, os.path.realpath(path)
 
 
-def is_mounted(real: str) -> bool:
-    """Whether anything is mounted at `real`, a path without symlinks. Asks no file system."""
-    return _mounted(real) is not None
+def device_at(real: str) -> str | None:
+    """The device, ``MAJOR:MINOR``, of the file system mounted at `real`, a path without symlinks."""
+    return next((entry.device for entry in _entries("self") if entry.path == os.fsencode(real)), None)
 
 
 def _mounted(real: str) -> str | None:
-    """The type of the file system mounted at `real`, as proc_pid_mountinfo(5) has it."""
-    found = None
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            fields, _, more = line.partition(b" - ")
-            path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields.split()[4])
-            if path == os.fsencode(real):
-                found = more.split()[0].decode(errors="replace")
-    return found
+    """The type of the file system mounted at `real`."""
+    return next((entry.type for entry in _entries("self") if entry.path == os.fsencode(real)), None)
+
+
+class _Entry(NamedTuple):
+    """A line of proc_pid_mountinfo(5)."""
+
+    device: str
+    path: bytes
+    type: str
+
+
+def _entries(pid: str) -> list[_Entry]:
+    """What a process sees mounted, the last one first. Raises OSError where that may not be known."""
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+        return [_entry(line) for line in file][::-1]
+
+
+def _entry(line: bytes) -> _Entry:
+    known, _, more = line.partition(b" - ")
+    fields = known.split()
+    path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4])
+    return _Entry(fields[2].decode(), path, more.split()[0].decode(errors="replace"))
+
+
+def _keepers(real: str, device: str | None) -> list[str]:
+    """Who keeps mounted what was at `real` before: places in this mount namespace, processes in others.
+
+    Where it was gone already, `device` is None: then whoever sees a mount of fusestore there.
+    """
+
+    def is_it(entry: _Entry) -> bool:
+        if device is None:
+            return entry.type == _OURS and entry.path == os.fsencode(real)
+        return entry.device == device
+
+    if places := [os.fsdecode(entry.path) for entry in _entries("self") if is_it(entry)]:
+        return places
+    processes = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            if any(map(is_it, _entries(pid))):
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
+                    command = os.fsdecode(file.read(_COMMAND_MAX).replace(b"\0", b" ")).strip()
+                processes.append(f"process {pid} ({command}), in a mount namespace of its own")
+    return processes
 
 
 def _clear_dead(mountpoint: str) -> bool:
@@ -151,8 +191,9 @@ def attach(real: str, options: set[str]) -> int:
 def unmount(store: Store, mountpoint: str) -> None:
     """Unmount and wait until the daemon has gone and everything is on disk.
 
-    Raises NotFound where nothing of this store is mounted, Busy while something in it is in use, OSError
-    where the disk did not take what was written.
+    Raises NotFound where nothing of this store is mounted, Busy while something in it is in use or another
+    mount namespace keeps it, NotPermitted where it is another's, OSError where the disk did not take what
+    was written.
     """
     real = os.path.realpath(mountpoint)
     with ExitStack() as stack:
@@ -166,19 +207,34 @@ def unmount(store: Store, mountpoint: str) -> None:
                     processes.append(os.pidfd_open(record.pid))
                     stack.callback(os.close, processes[-1])
         if processes:
-            if is_mounted(real):
+            device = device_at(real)
+            if device is not None:
                 detach(real)
-            _wait_for_end(store, real, processes)
+            _wait_for_end(store, real, device, processes)
         elif not _clear_dead(mountpoint):
             raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
         syncfs(disk)
 
 
-def _wait_for_end(store: Store, real: str, processes: list[int]) -> None:
-    deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
-    while any(record.mountpoint == real for record in store.mounts()):
-        if time.monotonic() > deadline:
-            raise Busy(f"{real} is unmounted but its process still runs: see its log")
+def _wait_for_end(store: Store, real: str, device: str | None, processes: list[int]) -> None:
+    """`device` is what was mounted at `real`, `processes` the descriptors of who serves it."""
+    start = time.monotonic()
+    has_looked = False
+    while pids := [record.pid for record in store.mounts() if record.mountpoint == real]:
+        waited_s = time.monotonic() - start
+        if waited_s > _KEPT_TIMEOUT_S and not has_looked:
+            has_looked = True
+            if keepers := _keepers(real, device):
+                more = f", and {len(keepers) - 1} more" if len(keepers) > 1 else ""
+                raise Busy(
+                    f"{real} is unmounted here, and served on: still mounted for {keepers[0]}{more}. "
+                    "End or unmount that"
+                )
+        if waited_s > _UNMOUNT_TIMEOUT_S:
+            raise Busy(
+                f"{real} is unmounted here, but its process {pids[0]} still runs: see its log; "
+                "as root, look for who keeps it in another mount namespace"
+            )
         time.sleep(_POLL_S)
     # What served the mount is done; its process has little else to do.
     select.select(processes, [], [], _EXIT_TIMEOUT_S)
@@ -187,19 +243,29 @@ def _wait_for_end(store: Store, real: str, processes: list[int]) -> None:
 def detach(real: str, *, lazily: bool = False) -> None:
     """umount(8), or fusermount3 -u for a plain user. `lazily`: also while it is in use.
 
-    Raises Busy, which says why it is refused.
+    Raises Busy while it is in use, NotFound where nothing is mounted, NotPermitted where it is another's.
     """
     if os.geteuid() == 0:
         try:
             umount2(os.fsencode(real), MNT_DETACH if lazily else 0)
         except OSError as error:
-            raise Busy(f"{real}: {error.strerror}: {_LEAVE}") from None
+            raise _refusal(real, os.strerror(error.errno or 0)) from None
         return
     try:
         command = ["fusermount3", "-u", *(["-z"] if lazily else []), "--", real]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except FileNotFoundError:
-        raise Busy(f"{real}: fusermount3 is missing: apt-get install fuse3") from None
+        raise FusestoreError(f"{real}: fusermount3 is missing: apt-get install fuse3") from None
     if done.returncode:
-        said = os.fsdecode(done.stderr).strip().rpartition(": ")[2]
-        raise Busy(f"{real}: {said}: {_LEAVE}")
+        raise _refusal(real, os.fsdecode(done.stderr).strip().removeprefix("fusermount3: "))
+
+
+def _refusal(real: str, said: str) -> FusestoreError:
+    """`said` is an errno's text, or has one at its end: all that fusermount3 lets out."""
+    if said.endswith(os.strerror(errno.EBUSY)):
+        return Busy(f"{real}: {os.strerror(errno.EBUSY)}: leave it and close its files, then try again")
+    if said.endswith((os.strerror(errno.EINVAL), os.strerror(errno.ENOENT))) or "not found in" in said:
+        return NotFound(f"{real} is not mounted any more ({said})")
+    if said.endswith((os.strerror(errno.EPERM), os.strerror(errno.EACCES))):
+        return NotPermitted(f"{real} is not yours to unmount ({said}): have who mounted it do it, or root")
+    return FusestoreError(f"{real} could not be unmounted: {said}")

@@ -131,6 +131,58 @@ def test_umount_of_a_busy_mount_is_refused(fresh: Mount) -> None:
     assert fresh.sh("ls images").code == 0
 
 
+_KEEPER = """
+    store=$1; shift
+    unshare "$@" sleep 1000 & keeper=$!
+    trap 'kill $keeper' EXIT
+    until [ "$(cat /proc/$keeper/comm)" = sleep ]; do sleep 0.02; done
+    fusestore umount $store 2> said && exit 9
+"""
+"""Has the mount $1 kept by a mount namespace, and unmounted here."""
+
+
+def _kept(mount: Mount, script: str) -> str:
+    options = ["--mount"] if mount.person.is_root else ["--user", "--map-root-user", "--mount"]
+    words = ("bash", "-c", _KEEPER + script, "bash", mount.mountpoint, *options)
+    return mount.person.run(*words, cwd=mount.base, env=mount.environment, deadline_s=40).ok()
+
+
+def test_umount_names_who_keeps_the_mount_elsewhere(fresh: Mount) -> None:
+    script = """
+        echo $keeper $(wc -l < said) $(cat said)
+        fusestore umount $store 2> said; cat said
+    """
+    first, again = _kept(fresh, script).splitlines()
+    pid, lines, said = first.split(" ", 2)
+    assert lines == "1" and f"process {pid} (sleep 1000), in a mount namespace" in said
+    assert again == said
+    assert not fresh.is_mounted()
+    wait_until(lambda: fresh.pids() == [])
+
+
+@as_root
+def test_umount_names_where_else_it_is_mounted(fresh: Mount) -> None:
+    other = fresh.base / "other"
+    fresh.person.run("mkdir", other).ok()
+    fresh.person.run("mount", "--bind", fresh.mountpoint, other).ok()
+    result = fresh.fusestore("umount", fresh.mountpoint)
+    fresh.person.run("umount", other).ok()
+    assert result.code == 1
+    _says(result.err, f"still mounted for {other}")
+    wait_until(lambda: fresh.pids() == [])
+
+
+def test_a_signal_to_a_mount_that_is_kept_elsewhere_leaves_its_successor_alone(fresh: Mount) -> None:
+    (pid,) = fresh.pids()
+    fresh.expect("still in use")
+    script = f"""
+        fusestore mount $store
+        while kill -TERM {pid} 2> /dev/null; do sleep 0.05; done
+        ls $store
+    """
+    assert _kept(fresh, script).split() == ["containers", "images"]
+
+
 def test_umount_of_nothing_is_refused(unmounted: Mount) -> None:
     result = unmounted.fusestore("umount", unmounted.mountpoint)
     assert result.code == 1
@@ -177,6 +229,13 @@ def test_where_no_mount_can_be_is_refused(unmounted: Mount, make: str, words: li
     result = unmounted.fusestore("mount", unmounted.mountpoint)
     assert result.code == 1
     _says(result.err, *words)
+
+
+def test_a_mount_inside_another_of_its_store_is_refused(fresh: Mount) -> None:
+    fresh.sh("mkdir -p containers/a/workdir/mnt").ok()
+    result = fresh.fusestore("mount", fresh.containers / "a/workdir/mnt")
+    assert result.code == 1
+    _says(result.err, f"lies in {fresh.mountpoint}, a mount of the same store", "outside of it")
 
 
 def test_mount_without_a_store_says_what_to_do(place: Place) -> None:
@@ -231,13 +290,6 @@ def test_a_closed_fuse_device_is_explained(unmounted: Mount) -> None:
         check=False,
     )
     device.unlink()
-def test_a_mount_inside_another_of_its_store_is_refused(fresh: Mount) -> None:
-    fresh.sh("mkdir -p containers/a/workdir/mnt").ok()
-    result = fresh.fusestore("mount", fresh.containers / "a/workdir/mnt")
-    assert result.code == 1
-    _says(result.err, f"lies in {fresh.mountpoint}, a mount of the same store", "outside of it")
-
-
     assert done.returncode == 1
     _says(done.stderr, "chmod 0666 /dev/fuse")
 

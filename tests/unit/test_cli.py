@@ -571,6 +571,29 @@ def test_a_plain_user_without_fusermount3_is_told(monkeypatch: pytest.MonkeyPatc
         detach("/nowhere")
 
 
+@pytest.mark.parametrize(
+    ("said", "error", "advice"),
+    [
+        ("Device or resource busy", Busy, "close its files"),
+        ("Invalid argument", NotFound, "not mounted any more"),
+        ("No such file or directory", NotFound, "not mounted any more"),
+        ("fusermount3: entry for /x not found in /etc/mtab", NotFound, "not mounted any more"),
+        ("Operation not permitted", NotPermitted, "have who mounted it do it"),
+        ("Input/output error", FusestoreError, "could not be unmounted: Input/output error$"),
+    ],
+)
+def test_why_nothing_was_unmounted_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, error: type[FusestoreError], advice: str
+) -> None:
+    command = tmp_path / "fusermount3"
+    command.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(error, match=advice):
+        detach("/nowhere")
+
+
 def test_a_missing_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_FUSE_DEVICE", str(tmp_path / "fuse"))
     with pytest.raises(FusestoreError, match="modprobe fuse"):
