@@ -6,7 +6,7 @@ and is kept, order included (design.md section 2)::
     id            str   never changes here
     name          str   may change; left out: kept
     image-name    str   "" while unbound; settable then, not after; left out or "": kept
-    image-id      str   likewise
+    image-id      str   likewise; ``sha256:`` may stand before it
     created-at    int   Unix seconds; never changes
     mountlabel    str   may change; left out: empty; not shown when empty
     mounted       bool  run-time state, never stored; left out: kept
@@ -22,6 +22,7 @@ valid so far is tested.
 import codecs
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,8 @@ def merge(old: Document, new: Document, container_id: str) -> Change:
     binding: dict[str, str | None] = {}
     for key in ("image-name", "image-id"):
         wanted = new.get(key, "")
+        if bound and key == "image-id" and wanted.removeprefix("sha256:") == old[key]:
+            wanted = old[key]
         if bound and wanted not in ("", old[key]):
             raise NotPermitted(f"{key} cannot change once set: make another container from {wanted!r}")
         binding[key] = wanted if wanted and not bound else None
@@ -222,12 +225,13 @@ def _check_types(new: Document) -> None:
 def check_label(label: str) -> None:
     """Raises BadDocument for what can be no SELinux label, whatever the policy."""
     try:
-        encoded = label.encode()
+        size = len(label.encode())
     except UnicodeEncodeError:
-        encoded = b"\0"
-    if b"\0" in encoded or len(encoded) > MOUNTLABEL_MAX:
+        size = MOUNTLABEL_MAX + 1
+    if size > MOUNTLABEL_MAX or any(unicodedata.category(character) == "Cc" for character in label):
         raise BadDocument(
-            f"a mountlabel is an SELinux context: UTF-8, no NUL, at most {MOUNTLABEL_MAX} bytes"
+            f"a mountlabel is an SELinux context: UTF-8, no newline or other control character, at most "
+            f"{MOUNTLABEL_MAX} bytes"
         )
 
 

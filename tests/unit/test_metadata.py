@@ -232,6 +232,7 @@ UNBOUND = {"image-name": "", "image-id": "", "created-at": 1700000000}
         {},
         {"id": "c1", "name": "c1", "image-name": "app:1", "image-id": "f" * 64, "created-at": 1700000000},
         {"image-name": "", "image-id": ""},
+        {"image-id": "sha256:" + "f" * 64},
     ],
 )
 def test_what_is_left_out_or_repeated_is_kept(new: dict[str, Any]) -> None:
@@ -240,7 +241,14 @@ def test_what_is_left_out_or_repeated_is_kept(new: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "new", [{"id": "c2"}, {"created-at": 1}, {"image-name": "other"}, {"image-id": "e" * 64}]
+    "new",
+    [
+        {"id": "c2"},
+        {"created-at": 1},
+        {"image-name": "other"},
+        {"image-id": "e" * 64},
+        {"image-id": "sha256:" + "e" * 64},
+    ],
 )
 def test_what_may_not_change(new: dict[str, Any]) -> None:
     with pytest.raises(NotPermitted):
@@ -259,6 +267,9 @@ def test_what_may_not_change(new: dict[str, Any]) -> None:
         {"created-at": 1.5},
         {"mountlabel": 5},
         {"mountlabel": "a\0b"},
+        {"mountlabel": "a:b:c:s0\n"},
+        {"mountlabel": "a\x1b[2J"},
+        {"mountlabel": "a\x85"},
         {"mountlabel": "x" * 5000},
         {"mounted": "true"},
         {"mounted": 1},
