@@ -162,12 +162,12 @@ class Images:
         )
 
     def read_blob(self, digest: Digest, what: str) -> bytes:
-        """A manifest or config, verified. Raises StoreDamaged."""
+        """A manifest or config, verified. Raises StoreDamaged; OSError where it cannot be read just now."""
         path = self._layout.blob(digest)
         try:
             data = read_file(path, oci.DOCUMENT_MAX)
         except OSError as error:
-            if not is_damage(error) and error.errno != errno.EIO:
+            if not is_damage(error):
                 raise
             raise StoreDamaged(
                 f"{what} {path} cannot be read ({error.strerror}): import the image again"
@@ -203,6 +203,11 @@ class Images:
                 self._known[descriptor.digest] = image
         except (BadSource, StoreDamaged) as error:
             return Entry(raw if isinstance(raw, dict) else {}, None, None, str(error))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # A bad sector stays: it must not hide all other images.
+            return Entry(raw, None, None, f"{os.fsdecode(error.filename)} cannot be read ({error.strerror})")
         try:
             name = parse_image_name(descriptor.annotations.get(ANNOTATION_NAME, ""))
         except BadName:

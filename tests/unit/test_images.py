@@ -566,6 +566,31 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(
         assert other.images() == [image]
 
 
+@pytest.mark.parametrize("what", ["manifest", "config"])
+def test_a_bad_sector_is_no_damage(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    image = store.import_image(layout(tmp_path / "s", BASE))
+    fail_to_open(monkeypatch, store.blob_path(getattr(image, what)), errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        getattr(store, what)(image)
+    monkeypatch.undo()
+
+
+def test_a_bad_sector_hides_no_other_image(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = store.import_image(layout(tmp_path / "1", BASE))
+    other = store.import_image(layout(tmp_path / "2", OTHER))
+    shutil.rmtree(Path(store.path, "images", image.id))
+    with monkeypatch.context() as patch, open_at(Path(store.path).parent) as reopened:
+        fail_to_open(patch, store.blob_path(image.manifest), errno.EIO)
+        assert [found.id for found in reopened.images()] == [other.id]
+        assert any(
+            "cannot be read (Input/output error)" in entry.problem for entry in reopened.image_entries()
+        )
+
+
 @pytest.mark.parametrize("names", [["a", "a/b"], ["a/b", "a"]])
 def test_names_that_cannot_stand_beside_each_other_are_refused_before_the_import(
     tmp_path: Path, store: Store, names: list[str]
