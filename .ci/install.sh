@@ -26,6 +26,7 @@ if [ "${1-}" = dev ]; then
         mmdebstrap
         pigz
         podman
+        runc
         rsync
         vim
         zstd

@@ -14,6 +14,7 @@ below it (setup.cfg, checked by import-linter)::
                                                        containerdir     one container's directory
                                                        documentfile     metadata.json as it is written
                                                        scratchfile      files beside it, in memory
+    podmanview              /views/podman
     commit                  a container becomes an image
     export                  a container's tree, or its changes, as a tar
     changes                 what a container changed in its image
@@ -35,7 +36,7 @@ below it (setup.cfg, checked by import-linter)::
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
     metadata                the rules of metadata.json     oci           manifests and configs
                                                            imageconfig   what a commit changes in a config
-    tarwriter               the writer of tars
+    tarwriter               the writer of tars         tarsplit      a tar as podman keeps it
     synthetic               made-up objects of the tree
     inodes                  nodes, lookup counts, handles
     meter                   requests counted and timed

@@ -8,16 +8,14 @@ node of its own, because the kernel keeps the size of a file it knows.
 The rule a maintainer must not break: what needs the layers opened (sizes of tars) goes through steps.
 """
 
-import calendar
 import contextlib
 import os
 import re
 import stat
-import time
 from typing import Any
 from weakref import WeakValueDictionary
 
-from . import errors
+from . import errors, oci
 from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Steps
 from .names import is_hex_id, parse_image_name
 from .nodes import Attr, Inode
@@ -68,7 +66,7 @@ class _ImageDir(Node):
     def __init__(self, branch: Branch, ino: Inode, image: Image) -> None:
         super().__init__(branch, ino)
         self.image = image
-        self.mtime_ns = _parse_time_ns(image.created)
+        self.mtime_ns = oci.parse_time_ns(image.created)
         self.children: dict[bytes, Node] = {}
         """By path below this directory; all that was made so far and never changes."""
         self.metadata: _Document | None = None
@@ -576,21 +574,3 @@ def _references(prefix: str, target: str) -> list[str]:
                 path.pop()
         found.append("/".join(path))
     return found
-
-
-_RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)", re.ASCII)
-
-
-def _parse_time_ns(created: str) -> int:
-    """An RFC 3339 time in nanoseconds since the epoch; 0 for what is none."""
-    match = _RFC_3339.fullmatch(created)
-    if match is None:
-        return 0
-    try:
-        seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        return 0
-    if match[3] != "Z":
-        sign = -1 if match[3][0] == "-" else 1
-        seconds -= sign * (int(match[3][1:3]) * 3600 + int(match[3][4:6]) * 60)
-    return seconds * 10**9 + int((match[2] or "").ljust(9, "0"))

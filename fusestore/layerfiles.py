@@ -129,6 +129,15 @@ class LayerFiles:
             return False
         return True
 
+    def tar_size(self, ref: LayerRef) -> int:
+        """Bytes of its tar, by its index; -1 where that is missing or damaged."""
+        try:
+            return map_index(self._layout.layer_index(ref.diff_id)).tar_size
+        except (OSError, StoreDamaged) as error:
+            if not is_damage(error):
+                raise
+            return -1
+
     def drop(self, diff_ids: list[Digest]) -> None:
         """No longer keep these open; who refers to them still can use them."""
         with self._lock:

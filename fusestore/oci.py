@@ -8,9 +8,13 @@ The media type of a layer says that it is a tar; how it is compressed its first 
 (fusestore.streams).
 """
 
+import calendar
 import json
+import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
@@ -39,6 +43,8 @@ __all__ = [
     "parse_list",
     "parse_manifest",
     "parse_object",
+    "parse_time_ns",
+    "time_text",
 ]
 
 DOCUMENT_MAX = 4 << 20
@@ -267,3 +273,31 @@ def make_manifest(config: Descriptor, layers: Sequence[Descriptor]) -> bytes:
         "layers": [plain(layer) for layer in layers],
     }
     return encode(document)
+
+
+_RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def parse_time_ns(created: str) -> int:
+    """An RFC 3339 time in nanoseconds since the epoch; 0 for what is none."""
+    match = _RFC_3339.fullmatch(created)
+    if match is None:
+        return 0
+    try:
+        seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return 0
+    if match[3] != "Z":
+        sign = -1 if match[3][0] == "-" else 1
+        seconds -= sign * (int(match[3][1:3]) * 3600 + int(match[3][4:6]) * 60)
+    return seconds * 10**9 + int((match[2] or "").ljust(9, "0"))
+
+
+def time_text(time_ns: int) -> str:
+    """The RFC 3339 time that `parse_time_ns` reads as `time_ns`; the epoch for what no year has."""
+    seconds, fraction = divmod(time_ns, 10**9)
+    try:
+        moment = datetime(1970, 1, 1) + timedelta(seconds=seconds)
+    except OverflowError:
+        return time_text(0)
+    return f"{moment.isoformat()}.{fraction:09d}Z"

@@ -32,7 +32,7 @@ from . import metadata, oci
 from .containers import Container, Containers, Draft, Hold
 from .durable import Scratch, Workspace, read_file
 from .errors import BadInput, NotFound, StoreDamaged, StoreUnusable
-from .images import Entry, Image, Images
+from .images import Catalog, Entry, Image, Images
 from .importer import Importer, Progress
 from .layerfiles import Layer, LayerFiles, LayerRef
 from .layout import (
@@ -52,6 +52,7 @@ from .nodes import Digest
 from .syscalls import syncfs
 
 __all__ = [
+    "Catalog",
     "Container",
     "ContainerInfo",
     "Hold",
@@ -212,6 +213,10 @@ class Store:
         """name → id. One stat, as long as nothing changes."""
         return dict(self._images.catalog().names)
 
+    def catalog(self) -> Catalog:
+        """index.json, understood: the same object as long as the file does not change."""
+        return self._images.catalog()
+
     def image_entries(self) -> tuple[Entry, ...]:
         """index.json, also what in it cannot be understood."""
         return self._images.catalog().entries
@@ -271,6 +276,10 @@ class Store:
         Missing or damaged derived files are made again, which takes time. Raises StoreDamaged for blobs.
         """
         return [self._layers.open(ref) for ref in image.layers]
+
+    def layer_tar_size(self, ref: LayerRef) -> int:
+        """Bytes of the layer as a tar; -1 where its index has to be made first."""
+        return self._layers.tar_size(ref)
 
     def span_use(self) -> SpanUse:
         """What became of reads of compressed layers, by this process, until now."""

@@ -37,7 +37,8 @@ from .inodes import (
 )
 from .mounts import Changed
 from .names import FILE_NAME_MAX
-from .nodes import Attr
+from .nodes import Attr, Inode
+from .podmanview import PodmanView
 from .store import Store
 from .synthetic import FixedBranch, Owner, RootfsDriver
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -45,6 +46,9 @@ from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 __all__ = ["Entry", "Tree"]
 
 T = TypeVar("T")
+
+_ROOT_REFUSAL = "only images/, containers/ and views/ are here: make a container in containers/"
+_VIEWS_REFUSAL = "views/ shows the store as other programs want it: there is no other view"
 
 
 class Entry(NamedTuple):
@@ -73,12 +77,18 @@ class Tree:
         self.inodes = Inodes()
         self.handles = Handles()
         driver = make_driver(store, self.inodes)
-        branch = _RootBranch(store, owner)
+        branch = _FixedDirectory(store, owner, ROOT_INODE, None, _ROOT_REFUSAL)
         self.root = branch.root
         self._images = ImageTree(store, self.inodes, driver, owner, self.root)
         self._containers = ContainerTree(store, self.inodes, driver, owner, self.root, deleted)
-        branch.children = {b"images": self._images.root, b"containers": self._containers.root}
-        for node in (self.root, *branch.children.values()):
+        views = _FixedDirectory(store, owner, self.inodes.number(), self.root, _VIEWS_REFUSAL)
+        views.children = {b"podman": PodmanView(store, self.inodes, driver, owner, views.root).root}
+        branch.children = {
+            b"images": self._images.root,
+            b"containers": self._containers.root,
+            b"views": views.root,
+        }
+        for node in (self.root, *branch.children.values(), *views.children.values()):
             # Held for ever: the kernel's counts come on top of this one.
             self.inodes.remember(node)
         self._held = self.inodes.lookups
@@ -476,19 +486,21 @@ def _steps(result: Maybe[T]) -> Steps[T]:
     return cast(T, result)
 
 
-class _RootBranch(FixedBranch):
-    """The mountpoint itself: two directories, nothing else ever."""
+class _FixedDirectory(FixedBranch):
+    """A directory of other branches: the mountpoint itself, and /views."""
 
-    refusal = "only images/ and containers/ are here: make a container in containers/"
-
-    def __init__(self, store: Store, owner: Owner) -> None:
-        self.root = Node(self, ROOT_INODE)
+    def __init__(self, store: Store, owner: Owner, ino: Inode, parent: Node | None, refusal: str) -> None:
+        """Without a `parent` it is the mountpoint."""
+        self.root = Node(self, ino)
         self.children: dict[bytes, Node] = {}
-        self._path = store.path
-        self._attr = owner.directory(time.time_ns(), nlink=4)
+        self.refusal = refusal
+        self._parent = parent or self.root
+        self._store_path = store.path
+        self._owner = owner
+        self._made_ns = time.time_ns()
 
     def attr(self, node: Node) -> Attr:
-        return self._attr
+        return self._owner.directory(self._made_ns, 2 + len(self.children))
 
     def lookup(self, node: Node, name: bytes) -> Node:
         try:
@@ -503,10 +515,10 @@ class _RootBranch(FixedBranch):
         return token
 
     def parent(self, node: Node) -> Node:
-        return node
+        return self._parent
 
     def space(self, node: Node) -> tuple[int, ...]:
-        found = os.statvfs(self._path)
+        found = os.statvfs(self._store_path)
         return (
             found.f_bsize,
             found.f_frsize,

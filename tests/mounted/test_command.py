@@ -22,7 +22,7 @@ def _says(result_err: str, *words: str) -> None:
 
 def test_mount_returns_when_the_mount_answers(unmounted: Mount) -> None:
     assert unmounted.fusestore("mount", unmounted.mountpoint).ok() == ""
-    assert unmounted.sh("ls").ok().split() == ["containers", "images"]
+    assert unmounted.sh("ls").ok().split() == ["containers", "images", "views"]
 
 
 def test_umount_returns_when_the_process_has_gone(fresh: Mount) -> None:
@@ -254,7 +254,7 @@ def _kill(mount: Mount) -> None:
 def test_mount_takes_a_dead_mount_away(fresh: Mount) -> None:
     _kill(fresh)
     fresh.mount()
-    assert fresh.sh("ls").ok().split() == ["containers", "images"]
+    assert fresh.sh("ls").ok().split() == ["containers", "images", "views"]
     fresh.umount()
     assert not fresh.is_mounted()
 

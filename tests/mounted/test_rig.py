@@ -15,7 +15,7 @@ def test_an_aborted_mount_is_revived(fresh: Mount) -> None:
     abort_all()
     assert fresh.sh("ls images").code != 0
     fresh.revive()
-    assert fresh.sh("ls").ok().split() == ["containers", "images"]
+    assert fresh.sh("ls").ok().split() == ["containers", "images", "views"]
 
 
 def test_what_a_killed_test_process_left_is_swept(person: Person, images: Images, area: Path) -> None:

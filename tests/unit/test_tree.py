@@ -40,8 +40,8 @@ def tree(shell: TreeShell) -> Tree:
 # The root
 
 
-def test_root_shows_two_directories(shell: TreeShell) -> None:
-    assert shell.ls("") == ["images", "containers"]
+def test_root_shows_three_directories(shell: TreeShell) -> None:
+    assert shell.ls("") == ["images", "containers", "views"]
 
 
 @pytest.mark.parametrize(
