@@ -11,7 +11,8 @@
     ├── NotFound                      ENOENT        no such name in the tree or the store
     ├── Exists                        EEXIST
     ├── Busy                          EBUSY         in use: pinned, open, entered, or used by a container
-    │   └── Locked                    EBUSY         another process changes it now: soon it is free or gone
+    │   ├── Locked                    EBUSY         another process changes it now: soon it is free or gone
+    │   └── Running                   ETXTBSY       a program that runs cannot be emptied
     ├── NotPermitted                  EPERM         never allowed here, whoever asks
     ├── AccessDenied                  EACCES
     ├── ReadOnly                      EROFS
@@ -62,6 +63,7 @@ __all__ = [
     "NotPermitted",
     "NotSupported",
     "ReadOnly",
+    "Running",
     "Stale",
     "StoreDamaged",
     "StoreError",
@@ -110,6 +112,10 @@ class Busy(FusestoreError):
 
 class Locked(Busy):
     pass
+
+
+class Running(Busy):
+    errno = errno.ETXTBSY
 
 
 class NotPermitted(FusestoreError):

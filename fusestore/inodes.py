@@ -52,6 +52,9 @@ FOREVER_S = 86400.0
 _FORGOTTEN = 4096
 """How many nodes live on that the kernel has forgotten: 2 or 3 MB."""
 
+_FMODE_EXEC = 1 << 5
+"""In the flags of open(2) where execve(2) opens (include/linux/fs.h)."""
+
 _generations = itertools.count(secrets.randbits(31))
 
 
@@ -380,6 +383,7 @@ class Handles:
 
     def __init__(self) -> None:
         self._handles: dict[int, Any] = {}
+        self._running: dict[int, Node] = {}
         self._next = 0
 
     def __len__(self) -> int:
@@ -389,6 +393,17 @@ class Handles:
         self._next += 1
         self._handles[self._next] = handle
         return self._next
+
+    def add_opened(self, handle: FileHandle, flags: int) -> int:
+        """`flags` are open(2)'s, as the kernel has them."""
+        number = self.add(handle)
+        if flags & _FMODE_EXEC:
+            self._running[number] = handle.node
+        return number
+
+    def is_running(self, node: Node) -> bool:
+        """Whether the file is open as a program: the kernel has it open as long as that runs."""
+        return node in self._running.values()
 
     def file(self, number: int) -> FileHandle:
         return cast(FileHandle, self._handles[number])
@@ -406,4 +421,5 @@ class Handles:
         return cast(DirHandle, self._handles[number])
 
     def remove(self, number: int) -> Any:
+        self._running.pop(number, None)
         return self._handles.pop(number)

@@ -266,10 +266,13 @@ class Tree:
         branch = node.branch
         if not branch.ready:
             return _prepared(branch, self.open, ino, flags, caller)
+        if flags & os.O_TRUNC and self.handles.is_running(node):
+            # The kernel looks after this only (fs/namei.c, handle_truncate), where nobody opens for writing.
+            raise errors.Running("the program runs")
         opened = branch.open(node, flags, caller)
         if isinstance(opened, FileHandle):
-            return self.handles.add(opened), opened
-        return self._opened(opened)
+            return self.handles.add_opened(opened, flags), opened
+        return self._opened(opened, flags)
 
     def create(
         self, parent_ino: int, name: bytes, mode: int, flags: int, caller: Caller
@@ -375,9 +378,9 @@ class Tree:
         xattrs = yield from steps
         return [name for name, _ in xattrs]
 
-    def _opened(self, steps: Steps[FileHandle]) -> Steps[tuple[int, FileHandle]]:
+    def _opened(self, steps: Steps[FileHandle], flags: int) -> Steps[tuple[int, FileHandle]]:
         handle = yield from steps
-        return self.handles.add(handle), handle
+        return self.handles.add_opened(handle, flags), handle
 
     def _created_now(self, node: Node, handle: FileHandle) -> tuple[int, FileHandle, Entry]:
         try:
