@@ -178,10 +178,18 @@ def _import(places: _Places, source: str, names: tuple[str, ...], cache_size: in
               help="How rootfs is served; auto takes the fastest that works.")  # fmt: skip
 @click.option("--allow-other", is_flag=True, help="Let users other than you in.")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted; log to standard error.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="json: an object on each line.")  # fmt: skip
 @_cache_size
 @_places
 def _mount(
-    places: _Places, mountpoint: str, driver: str, allow_other: bool, foreground: bool, cache_size: int | None
+    places: _Places,
+    mountpoint: str,
+    driver: str,
+    allow_other: bool,
+    foreground: bool,
+    log_format: str,
+    cache_size: int | None,
 ) -> None:
     """Mount the store at a directory.
 
@@ -197,8 +205,10 @@ def _mount(
         with places.open(cache_size=cache_size) as store:
             log = None if foreground else RunLayout(store.run_path).mount_log(os.fsencode(mountpoint))
             check_not_within(store, mountpoint, places.run_dir)
-            daemon.log_to(log)
-            mount.run(store, mountpoint, driver=driver, allow_other=allow_other, ready=ready)
+            reopen_log = daemon.log_to(log, as_json=log_format == "json")
+            mount.run(
+                store, mountpoint, driver=driver, allow_other=allow_other, ready=ready, reopen_log=reopen_log
+            )
 
     if foreground:
         serve(lambda: None)

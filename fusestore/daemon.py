@@ -5,7 +5,9 @@ through a pipe that the background process alone holds open, so its death is not
 threads before `detach`: only the forking thread lives on in a child.
 """
 
+import datetime
 import errno
+import json
 import logging
 import logging.handlers
 import os
@@ -135,18 +137,49 @@ def _message(error: BaseException, foreseen: bool) -> str:
     return f"the mount failed unforeseen: {error!r}"
 
 
-def log_to(path: str | None) -> None:
-    """Sends log records, standard output and error to the end of `path`; None: records to standard error."""
-    logging.basicConfig(
-        handlers=[logging.StreamHandler() if path is None else _Log(path, maxBytes=_LOG_MAX, backupCount=1)],
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        level=logging.INFO,
-        force=True,
+def log_to(path: str | None, *, as_json: bool = False) -> Callable[[], None] | None:
+    """Sends log records, standard output and error to the end of `path`; None: records to standard error.
+
+    Returns what opens `path` anew, after it was moved away: for any thread. `as_json`: a record is an object
+    on a line; what libraries print themselves stays as it is.
+    """
+    log = None if path is None else _Log(path, maxBytes=_LOG_MAX, backupCount=1)
+    handler = log or logging.StreamHandler()
+    handler.setFormatter(
+        _JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    return None if log is None else log.reopen
+
+
+class _JsonFormatter(logging.Formatter):
+    """ASCII: nothing in it can act on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created).astimezone()
+        said = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(said)
 
 
 class _Log(logging.handlers.RotatingFileHandler):
     """The log file, and the one before it, in `path`.1. Standard output and error go where the log goes."""
+
+    def reopen(self) -> None:
+        """Go on in the file of that name, made if need be; in the old one where that cannot be opened."""
+        self.acquire()
+        try:
+            old, self.stream = self.stream, self._open()
+            if old is not None:
+                old.close()
+        finally:
+            self.release()
 
     def _open(self) -> TextIOWrapper:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW

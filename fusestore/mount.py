@@ -16,7 +16,7 @@ import select
 import signal
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import pyfuse3
 import trio
@@ -113,10 +113,19 @@ def _stand_in(filesystem: Filesystem) -> types.SimpleNamespace:
     )
 
 
-def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready: Callable[[], None]) -> None:
+def run(
+    store: Store,
+    mountpoint: str,
+    *,
+    driver: str,
+    allow_other: bool,
+    ready: Callable[[], None],
+    reopen_log: Callable[[], None] | None,
+) -> None:
     """Mount the store's tree and serve it until it is unmounted; `ready` is called once it answers.
 
-    SIGTERM and SIGINT unmount (`_Departure`). What was written is on disk when it returns. `driver` is a name
+    SIGTERM and SIGINT unmount (`_Departure`). SIGHUP calls `reopen_log`; without one a terminal has gone, and
+    that unmounts too. What was written is on disk when it returns. `driver` is a name
     of DRIVERS, or ``auto``. Raises FusestoreError where it cannot be mounted. Only one mount can be served by
     a process (pyfuse3).
     """
@@ -144,7 +153,7 @@ def run(store: Store, mountpoint: str, *, driver: str, allow_other: bool, ready:
         disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, disk)
         stack.callback(_sync, disk)
-        departure = _Departure(mountpoint, tree)
+        departure = _Departure(mountpoint, tree, reopen_log)
         device = _init(filesystem, mountpoint, options)
         stack.callback(_close, device, departure)
         departure.device = device_at(mountpoint)
@@ -330,27 +339,39 @@ class _Departure:
     most, or until a second signal; then their unwritten pages are fetched from the kernel, and it is over.
     """
 
-    def __init__(self, mountpoint: str, tree: Tree) -> None:
+    def __init__(self, mountpoint: str, tree: Tree, reopen_log: Callable[[], None] | None) -> None:
         self.mountpoint = mountpoint
         self.device: str | None = None
         """What is mounted there."""
         self._tree = tree
+        self._reopen_log = reopen_log
         self.is_detached = False
         """The mount point may be another's by now."""
 
     async def run(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            _log.info("signal %d: unmounting", await signals.__anext__())
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            _log.info("signal %d: unmounting", await self._departing(signals))
             with trio.move_on_after(_GRACE_S):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._detach)
-                    await signals.__anext__()
+                    await self._departing(signals)
                     nursery.cancel_scope.cancel()
         _log.warning("still in use: what is open there fails from now on")
         with trio.move_on_after(_WRITE_BACK_S):
             files = self._tree.handles.open_files()
             await trio.to_thread.run_sync(_write_back, files, abandon_on_cancel=True)
         pyfuse3.terminate()
+
+    async def _departing(self, signals: AsyncIterator[int]) -> int:
+        """The next signal that is to end the mount."""
+        async for number in signals:
+            if number != signal.SIGHUP or self._reopen_log is None:
+                return number
+            try:
+                self._reopen_log()
+            except OSError as error:
+                _log.warning("the log goes on in the old file: %s", error)
+        raise AssertionError("signals never end")
 
     async def _detach(self) -> None:
         """In a thread: the kernel asks us to write what it holds."""

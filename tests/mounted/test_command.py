@@ -1,9 +1,11 @@
 """fusestore mount and umount as processes: what they leave, what they say when they cannot (issue: CLI)."""
 
+import json
 import os
 import signal
 import stat
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -53,9 +55,10 @@ def test_fusermount_ends_the_process_too(fresh: Mount) -> None:
     wait_until(lambda: fresh.pids() == [])
 
 
-def test_sigterm_unmounts(fresh: Mount) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_unmounts(fresh: Mount, number: signal.Signals) -> None:
     (pid,) = fresh.pids()
-    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, number)
     wait_until(lambda: fresh.pids() == [] and not fresh.is_mounted())
 
 
@@ -274,6 +277,23 @@ def test_a_killed_daemon_loses_nothing_that_was_synced(fresh: Mount) -> None:
     assert fresh.sh("cat containers/a/rootfs/x").ok() == "kept\n"
 
 
+def test_what_ran_in_a_dead_mount_fails_and_starts_again(fresh: Mount) -> None:
+    """It is inside when the daemon dies, and stays there: the mount comes back beside it."""
+    (pid,) = fresh.pids()
+    script = """
+        mkdir containers/a; cd containers/a/rootfs; exec 3> open; echo kept > synced; sync synced
+        kill -KILL $1; tail --pid=$1 -s 0.05 -f /dev/null
+        cat synced; mkdir new; ls /proc/self/cwd/
+        (cd / && fusestore mount $2 && cat $2/containers/a/rootfs/synced)
+        cat synced
+    """
+    result = fresh.sh(script, str(pid), fresh.mountpoint)
+    assert result.out == "kept\n"
+    assert result.err.count("Transport endpoint is not connected") == 4, result.err
+    fresh.umount()
+    assert fresh.fusestore("check").ok() == ""
+
+
 @as_user
 def test_a_closed_fuse_device_is_explained(unmounted: Mount) -> None:
     device, person = unmounted.base.parent / "closed-fuse", unmounted.person
@@ -355,6 +375,56 @@ def test_foreground_logs_to_standard_error(unmounted: Mount) -> None:
     """
     result = unmounted.person.run("bash", "-c", script, "bash", unmounted.base, env=unmounted.environment)
     assert " INFO " in result.ok()
+
+
+def test_a_terminal_that_goes_unmounts_what_it_had_in_the_foreground(unmounted: Mount) -> None:
+    script = """
+        cd $1; fusestore mount --foreground mnt 2> log &
+        until ls mnt/images > /dev/null 2>&1; do kill -0 $! || { cat log; exit 1; }; done
+        kill -HUP $!; wait $! && ! mountpoint -q mnt
+    """
+    unmounted.person.run("bash", "-c", script, "bash", unmounted.base, env=unmounted.environment).ok()
+
+
+def _log_file(mount: Mount) -> Path:
+    (file,) = mount.run_dir.glob("*/mount-*.log")
+    return file
+
+
+def test_sighup_goes_on_in_a_new_log(fresh: Mount) -> None:
+    (pid,) = fresh.pids()
+    log = _log_file(fresh)
+    moved = log.rename(fresh.base / "moved")
+    os.kill(pid, signal.SIGHUP)
+    wait_until(log.exists)
+    wait_until(lambda: os.readlink(f"/proc/{pid}/fd/2") == str(log))
+    fresh.umount()
+    assert " unmounted " in log.read_text()
+    assert " mounted " in moved.read_text() and " unmounted " not in moved.read_text()
+
+
+def test_a_log_that_cannot_be_opened_anew_goes_on_in_the_old_file(fresh: Mount) -> None:
+    (pid,) = fresh.pids()
+    log = _log_file(fresh)
+    moved = log.rename(fresh.base / "moved")
+    log.mkdir()
+    os.kill(pid, signal.SIGHUP)
+    wait_until(lambda: "the log goes on in the old file" in moved.read_text())
+    log.rmdir()
+    fresh.umount()
+    assert " unmounted " in moved.read_text()
+
+
+def test_the_log_can_be_json(unmounted: Mount) -> None:
+    unmounted.fusestore("mount", "--log-format", "json", unmounted.mountpoint).ok()
+    unmounted.sh("mkdir containers/a").ok()
+    (unmounted.store / "containers/a/container").write_text("damaged")
+    unmounted.sh("cat containers/a/metadata.json")
+    unmounted.umount()
+    lines = [json.loads(line) for line in unmounted.log().splitlines()]
+    assert {frozenset(line) for line in lines} == {frozenset(("time", "level", "logger", "message"))}
+    assert all(datetime.fromisoformat(line["time"]).tzinfo for line in lines)
+    assert [line["message"] for line in lines if line["level"] == "ERROR" and "damaged" in line["message"]]
 
 
 def test_a_cache_size_is_taken(unmounted: Mount, images: Images) -> None:
