@@ -15,7 +15,7 @@ below it (setup.cfg, checked by import-linter)::
                                                        documentfile     metadata.json as it is written
                                                        scratchfile      files beside it, in memory
     podmanview              /views/podman
-    commit                  a container becomes an image
+    commit                  a container becomes an image         transfer    pull and push
     export                  a container's tree, or its changes, as a tar
     changes                 what a container changed in its image
     drivers                 how a rootfs comes into the tree: union
@@ -27,7 +27,10 @@ below it (setup.cfg, checked by import-linter)::
     images                  index.json and what it reaches
     containers              directories, documents         layerfiles    opened layers, derived files
                                                            mounts        live mounts, and what they are told
-    sources                 what an import reads
+    sources                 what an import reads                 registry    one repository of a registry
+                                                                 transport   requests: TLS, rights, retries
+                                                                 credentials from podman's and docker's files
+                                                                 reference   docker-like names
     upper                   one container's diff/          blobs         a layer's bytes: ingest, LayerReader
     union                   layers + upper → names         spancache     what was decompressed, on disk
     streams, seek           compressed streams and the points where reading can start

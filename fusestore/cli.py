@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -28,6 +28,9 @@ from .meter import prometheus
 from .mountpoint import check_mountpoint, check_not_within, unmount
 from .names import is_hex_id
 from .store import Image, Store
+
+if TYPE_CHECKING:
+    from .transfer import RegistryOptions
 
 __all__ = ["main", "printable"]
 
@@ -161,15 +164,83 @@ def _import(places: _Places, source: str, names: tuple[str, ...], cache_size: in
     apart by its content. The first image of a store is also tagged "default". A store is made where there is
     none.
     """
+    with _store_to_fill(places, cache_size) as store, _progress("import") as progress:
+        image = store.import_image(source, names=names, progress=progress)
+    click.echo(image.id)
+
+
+@contextmanager
+def _store_to_fill(places: _Places, cache_size: int | None = None) -> Iterator[Store]:
+    """Made where there is none, and not left where nothing comes into it."""
     with places.open(create=True, cache_size=cache_size) as store:
         try:
-            with _progress("import") as progress:
-                image = store.import_image(source, names=names, progress=progress)
+            yield store
         except BaseException:
             if store.is_new:
                 store.remove_if_empty()
             raise
+
+
+def _registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--plain-http and --authfile."""
+    plain_http = click.option("--plain-http", is_flag=True, help="Talk to the registry without TLS.")
+    authfile = click.option(
+        "--authfile", metavar="FILE",
+        help="Credentials, as podman login and docker login write them.  [env: REGISTRY_AUTH_FILE; default: "
+        "what those use]",
+    )  # fmt: skip
+    return plain_http(authfile(command))
+
+
+@_command
+@click.argument("ref")
+@click.option("--name", metavar="NAME", help="A name for it, instead of REF in full.")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Instead of this machine's.")
+@_registry_options
+@_places
+def _pull(
+    places: _Places, ref: str, name: str | None, platform: str | None, plain_http: bool, authfile: str | None
+) -> None:
+    """Take an image of a registry into the store, and print its id.
+
+    REF is [REGISTRY/]NAME[:TAG][@DIGEST]; busybox is docker.io/library/busybox:latest. A store is made where
+    there is none. What the store has is not fetched; downloads that break off go on where they were.
+    """
+    from .oci import parse_platform
+    from .transfer import pull
+
+    wanted = parse_platform(platform) if platform else None
+    options = _options_of(plain_http, authfile)
+    with _store_to_fill(places) as store, _progress("pull") as progress:
+        image = pull(store, ref, name=name, platform=wanted, options=options, progress=progress)
     click.echo(image.id)
+
+
+@_command
+@click.argument("image")
+@click.argument("ref")
+@_registry_options
+@_places
+def _push(places: _Places, image: str, ref: str, plain_http: bool, authfile: str | None) -> None:
+    """Upload an image to a registry, and print the digest it has there.
+
+    IMAGE is an image's name, its id or the first 12 digits of that. Its layers are sent as they are stored;
+    those that the registry has are not.
+    """
+    from .transfer import push
+
+    options = _options_of(plain_http, authfile)
+    with places.open() as store, _progress("push") as progress:
+        digest = push(store, image, ref, options=options, progress=progress)
+    click.echo(digest)
+
+
+def _options_of(plain_http: bool, authfile: str | None) -> "RegistryOptions":
+    from .credentials import auth_files, find_credentials
+    from .transfer import RegistryOptions
+
+    files = auth_files(os.environ, authfile)
+    return RegistryOptions(lambda reference: find_credentials(reference, files), plain_http)
 
 
 @_command

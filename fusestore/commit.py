@@ -30,7 +30,7 @@ from .layerfiles import LayerRef
 from .layout import OCI_LAYOUT_VERSION
 from .names import digest_hex, parse_image_name
 from .nodes import Digest
-from .sources import machine_architecture
+from .sources import machine_platform
 from .store import Store
 from .tarwriter import Sink
 
@@ -168,7 +168,7 @@ def commit(
 def _empty_config() -> dict[str, Any]:
     """Of a container without an image."""
     return {
-        "architecture": machine_architecture(),
+        "architecture": machine_platform().architecture,
         "os": "linux",
         "config": {},
         "rootfs": {"type": "layers", "diff_ids": []},

@@ -26,6 +26,7 @@
     ├── FileTooLarge                  EFBIG
     ├── NoSpace                       ENOSPC
     ├── Stale                         ESTALE        the object behind an inode is gone from the store
+    ├── RegistryFailed                EREMOTEIO     a registry does not answer, or not as one
     └── StoreError                    EIO           the store itself is missing something or is damaged
         ├── StoreDamaged              EIO           names the file and the remedy
         └── StoreUnusable             EIO           no store there, or one of another version
@@ -63,6 +64,7 @@ __all__ = [
     "NotPermitted",
     "NotSupported",
     "ReadOnly",
+    "RegistryFailed",
     "Running",
     "Stale",
     "StoreDamaged",
@@ -168,6 +170,10 @@ class NoSpace(FusestoreError):
 
 class Stale(FusestoreError):
     errno = errno.ESTALE
+
+
+class RegistryFailed(FusestoreError):
+    errno = errno.EREMOTEIO
 
 
 class StoreError(FusestoreError):

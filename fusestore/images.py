@@ -28,7 +28,7 @@ from .layerfiles import LayerRef
 from .layout import ANNOTATION_ID, ANNOTATION_NAME, DEFAULT_TAG, IMAGE_RECORD_VERSION, Layout
 from .names import digest_hex, is_hex_id, parse_digest, parse_image_name
 from .nodes import Digest
-from .sources import machine_architecture
+from .sources import machine_platform
 
 __all__ = ["Catalog", "Entry", "Image", "Images", "Loose", "loose_parts"]
 
@@ -230,7 +230,7 @@ class Images:
         document = oci.parse_object(data, f"manifest {descriptor.digest}")
         if oci.is_index(document):
             inner = oci.parse_descriptors(document, "manifests", f"manifest {descriptor.digest}")
-            descriptor = oci.choose_platform(inner, machine_architecture(), f"manifest {descriptor.digest}")
+            descriptor = oci.choose_platform(inner, machine_platform(), f"manifest {descriptor.digest}")
             data = self.read_blob(descriptor.digest, "manifest")
         manifest = oci.parse_manifest(data, f"manifest {descriptor.digest}", descriptor.media_type)
         config = oci.parse_config(

@@ -1,4 +1,4 @@
-"""The way of an image into the store. Blocking; layers are taken in two at a time, each by a thread.
+"""The way of an image into the store. Blocking; layers are taken in several at a time, each by a thread.
 
 Everything is staged in a directory of tmp/ first, verified and synced there; then, with the store's names
 locked, it is renamed into place, content before names, index.json last. An import that fails or is killed
@@ -25,16 +25,13 @@ from .layerfiles import LayerFiles, LayerRef, map_index
 from .layout import Layout
 from .names import digest_hex, parse_image_name
 from .nodes import Digest
-from .sources import LayerSource, Source, open_source
+from .sources import LayerSource, Source
 from .union import check_lower_links
 
 __all__ = ["Importer", "Progress"]
 
 Progress = Callable[[int, int], None]
 """Called with bytes of blobs done and bytes in all; from any thread, one at a time."""
-
-_THREADS = 2
-"""Decompression and hashing release the GIL; a third layer at once would mostly cost memory."""
 
 _ATTEMPTS = 3
 
@@ -85,15 +82,17 @@ class Importer:
         self._images = images
         self._layers = layers
 
-    def run(self, source_text: str, names: Sequence[str], progress: Progress | None) -> Image:
-        """See `Store.import_image`."""
+    def run(
+        self, open_source: Callable[[str], Source], names: Sequence[str], progress: Progress | None
+    ) -> Image:
+        """See `Store.import_source`."""
         for name in names:
             parse_image_name(name)
         self._images.require_free(names)
         for _ in range(_ATTEMPTS):
             with (
                 self._workspace.scratch() as scratch,
-                open_source(source_text, scratch=scratch.path) as source,
+                open_source(scratch.path) as source,
                 contextlib.suppress(_Gone),
             ):
                 wanted = names or source.names
@@ -168,7 +167,7 @@ class Importer:
         """All layers, verified, bottom first."""
         unique = {(layer.diff_id, layer.blob): layer for layer in source.layers}
         counter = _Counter(sum(layer.size for layer in unique.values()), progress)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="import") as pool:
+        with ThreadPoolExecutor(source.parallel, thread_name_prefix="import") as pool:
             jobs = {
                 key: pool.submit(self._stage_layer, layer, scratch, str(number), counter)
                 for number, (key, layer) in enumerate(unique.items())
@@ -179,6 +178,7 @@ class Importer:
                     job.result()
             except BaseException:
                 counter.stopped.set()
+                source.interrupt()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         return [jobs[layer.diff_id, layer.blob].result() for layer in source.layers]

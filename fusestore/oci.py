@@ -20,11 +20,12 @@ from typing import Any
 
 import jiter
 
-from .errors import BadName, BadSource
+from .errors import BadInput, BadName, BadSource
 from .names import parse_digest
 from .nodes import Digest
 
 __all__ = [
+    "ACCEPTED_TYPES",
     "CONFIG_TYPE",
     "Config",
     "DOCUMENT_MAX",
@@ -33,6 +34,7 @@ __all__ = [
     "LAYER_TYPES",
     "MANIFEST_TYPE",
     "Manifest",
+    "Platform",
     "choose_platform",
     "encode",
     "digest_of",
@@ -43,6 +45,7 @@ __all__ = [
     "parse_list",
     "parse_manifest",
     "parse_object",
+    "parse_platform",
     "parse_time_ns",
     "time_text",
 ]
@@ -61,6 +64,10 @@ _INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
+
+ACCEPTED_TYPES = (*_MANIFEST_TYPES, *_INDEX_TYPES)
+"""Of what can be asked for by the name of an image."""
+
 _CONFIG_TYPES = (CONFIG_TYPE, "application/vnd.docker.container.image.v1+json")
 
 LAYER_TYPES: Mapping[str, str] = {
@@ -95,6 +102,19 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=dict)
     os: str = ""
     architecture: str = ""
+    variant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What an image runs on, in GOOS's and GOARCH's words; always linux."""
+
+    architecture: str
+    variant: str = ""
+    """ "" for any, or the one that goes without saying (v8 of arm64)."""
+
+    def __str__(self) -> str:
+        return f"linux/{self.architecture}" + (f"/{self.variant}" if self.variant else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +204,13 @@ def _descriptor(entry: Any, what: str) -> Descriptor:
         key: value for key, value in _mapping(entry.get("annotations")).items() if isinstance(value, str)
     }
     return Descriptor(
-        media_type, checked, size, annotations, _text(platform, "os"), _text(platform, "architecture")
+        media_type,
+        checked,
+        size,
+        annotations,
+        _text(platform, "os"),
+        _text(platform, "architecture"),
+        _text(platform, "variant"),
     )
 
 
@@ -244,20 +270,51 @@ def parse_config(data: bytes, what: str) -> Config:
     return Config(checked, _text(document, "architecture"), os or "linux", _text(document, "created"))
 
 
-def choose_platform(candidates: Sequence[Descriptor], architecture: str, what: str) -> Descriptor:
-    """The manifest for linux on `architecture` (GOARCH), or the only one there is for linux."""
+def parse_platform(text: str) -> Platform:
+    """Of ``linux/ARCH`` or ``linux/ARCH/VARIANT``. Raises BadInput."""
+    parts = text.split("/")
+    if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"[a-z0-9_]+", part) for part in parts):
+        raise BadInput(f"{text!r} is no platform: write OS/ARCH or OS/ARCH/VARIANT, as linux/arm64")
+    if parts[0] != "linux":
+        raise BadInput(f"{text!r} is not for linux: only images for linux can be used")
+    return Platform(*parts[1:])
+
+
+def choose_platform(
+    candidates: Sequence[Descriptor], wanted: Platform, what: str, *, exactly: bool = False
+) -> Descriptor:
+    """The manifest for `wanted`; unless it has to be `exactly` that, also the only one there is for linux."""
     linux = [found for found in candidates if found.os in ("", "linux")]
-    matching = [found for found in linux if found.architecture in ("", architecture)] or linux
-    digests = {found.digest for found in matching}
-    if len(digests) == 1:
+    matching = [found for found in linux if found.architecture in ("", wanted.architecture)]
+    if not exactly:
+        matching = matching or linux
+    for variants in _variants(wanted):
+        fitting = [
+            found
+            for found in matching
+            if found.architecture == wanted.architecture and found.variant in variants
+        ]
+        if len({found.digest for found in fitting}) == 1:
+            return fitting[0]
+    if len({found.digest for found in matching}) == 1 and not (exactly and wanted.variant):
         return matching[0]
-    exact = {found.digest: found for found in matching if found.architecture == architecture}
-    if len(exact) == 1:
-        return next(iter(exact.values()))
-    offered = sorted({f"{found.os or '?'}/{found.architecture or '?'}" for found in candidates})
-    raise BadSource(
-        f"{what} has no single image for linux/{architecture}, but {', '.join(offered) or 'none at all'}"
-    )
+    offered = sorted({"/".join(filter(None, _platform_of(found))) for found in candidates})
+    raise BadSource(f"{what} has no single image for {wanted}, but {', '.join(offered) or 'none at all'}")
+
+
+def _platform_of(found: Descriptor) -> tuple[str, str, str]:
+    return found.os or "?", found.architecture or "?", found.variant
+
+
+def _variants(wanted: Platform) -> Sequence[tuple[str, ...]]:
+    """Sets of variants to be looked for, the best one first: a processor runs code for those before it."""
+    if wanted.architecture == "arm64":
+        return (("", "v8"),) if wanted.variant in ("", "v8") else ((wanted.variant,), ("", "v8"))
+    if wanted.architecture == "arm":
+        known = ("v8", "v7", "v6", "v5")
+        start = known.index(wanted.variant) if wanted.variant in known else 1
+        return (*((variant,) for variant in known[start:]), ("",))
+    return ((wanted.variant,),) if wanted.variant else (("",), ("v1",))
 
 
 def make_manifest(config: Descriptor, layers: Sequence[Descriptor]) -> bytes:

@@ -26,8 +26,9 @@ import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, Protocol
 
 import zstandard
@@ -38,7 +39,7 @@ from .layout import ANNOTATION_NAME
 from .names import digest_hex, parse_digest, parse_image_name
 from .nodes import Digest
 
-__all__ = ["LayerSource", "Reader", "Source", "machine_architecture", "open_source"]
+__all__ = ["Blobs", "LayerSource", "Reader", "Source", "machine_platform", "open_image", "open_source"]
 
 ARCHIVE_MAX = 256 << 30
 """Bytes of a compressed archive, decompressed: a bomb ends here, or when the disk is full."""
@@ -77,12 +78,8 @@ class LayerSource:
     size: int
     media_type: str
     """ "" if the source does not say."""
-    _files: "_Files"
-    _name: str
-
-    def open(self) -> Reader:
-        """The caller closes it. Any thread."""
-        return self._files.open(self._name)
+    open: Callable[[], Reader]
+    """The caller closes what it gives. Any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +96,12 @@ class Source:
     """Bottom first, as many as the config's diff_ids."""
     names: tuple[str, ...]
     """What the source calls the image, as far as an image can be called that."""
-    _files: "_Files"
-
-    def close(self) -> None:
-        self._files.close()
+    close: Callable[[], None]
+    interrupt: Callable[[], None] = lambda: None
+    """Has readers that wait in other threads fail soon."""
+    parallel: int = 2
+    """Layers that are worth reading at once. Where none waits for a network, decompression and hashing, which
+    release the GIL, fill the processors, and a third layer would mostly cost memory."""
 
     def __enter__(self) -> "Source":
         return self
@@ -131,18 +130,18 @@ def open_source(text: str, *, scratch: str | None = None) -> Source:
         raise
 
 
-def machine_architecture() -> str:
-    """This machine's, as images spell it (GOARCH)."""
+def machine_platform() -> oci.Platform:
+    """This machine's, as images spell it (GOARCH, GOARM)."""
     machine = platform.machine()
     names = {
         "x86_64": "amd64",
         "aarch64": "arm64",
-        "armv7l": "arm",
-        "armv6l": "arm",
         "i686": "386",
         "loongarch64": "loong64",
     }
-    return names.get(machine, machine)
+    if machine in ("armv6l", "armv7l"):
+        return oci.Platform("arm", machine[3:5])
+    return oci.Platform(names.get(machine, machine))
 
 
 _TRANSPORTS = {"oci": ("oci", True), "oci-archive": ("oci", False), "docker-archive": ("docker", False)}
@@ -182,6 +181,67 @@ def _split_ref(rest: str) -> tuple[str, str]:
         return rest, ""
     path, _, ref = rest.partition(":")
     return path, ref
+
+
+class Blobs(Protocol):
+    """Where an image's blobs are. What it gives is what the descriptor says, but for the bytes of layers."""
+
+    parallel: int
+    """See Source."""
+
+    def manifest(self, descriptor: oci.Descriptor, /) -> bytes:
+        """Of an image, or an index. Raises BadSource."""
+
+    def document(self, descriptor: oci.Descriptor, /) -> bytes:
+        """Any other document. Raises BadSource."""
+
+    def layer(self, descriptor: oci.Descriptor, /) -> Callable[[], Reader]:
+        """Raises BadSource if it can be seen that the layer is another."""
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_image(
+    blobs: Blobs, data: bytes, media_type: str, names: Sequence[str], platform: oci.Platform | None = None
+) -> Source:
+    """The image of a manifest, or of an index. Closing it closes `blobs`; who catches an error closes them.
+
+    `media_type`: of `data`, where it is known. `platform`: None for this machine's, or else the only one.
+    """
+    wanted = platform or machine_platform()
+    digest = oci.digest_of(data)
+    for _ in range(NESTING_MAX):
+        what = f"manifest {digest}"
+        document = oci.parse_object(data, what)
+        if not oci.is_index(document):
+            break
+        inner = oci.parse_descriptors(document, "manifests", what)
+        descriptor = oci.choose_platform(inner, wanted, what, exactly=platform is not None)
+        digest, media_type = descriptor.digest, descriptor.media_type
+        data = blobs.manifest(descriptor)
+    manifest = oci.parse_manifest(data, f"manifest {digest}", media_type)
+    config_data = blobs.document(manifest.config)
+    config = oci.parse_config(config_data, f"config {manifest.config.digest}")
+    if platform is not None and config.architecture != platform.architecture:
+        raise BadSource(f"manifest {digest} is of an image for linux/{config.architecture}, not {platform}")
+    _require_same_count(len(manifest.layers), len(config.diff_ids))
+    return Source(
+        manifest=data,
+        manifest_type=manifest.media_type,
+        config=config_data,
+        config_type=manifest.config.media_type,
+        parsed_config=config,
+        layers=tuple(
+            LayerSource(diff_id, layer.digest, layer.size, layer.media_type, blobs.layer(layer))
+            for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
+        ),
+        names=_valid_names(names),
+        close=blobs.close,
+        interrupt=blobs.interrupt,
+        parallel=blobs.parallel,
+    )
 
 
 # What files are read from
@@ -426,37 +486,41 @@ def _open_layout(files: _Files, text: str, ref: str) -> Source:
     index = oci.parse_object(_read_document(files, "index.json"), f"index.json of {files.path}")
     entries = oci.parse_descriptors(index, "manifests", f"index.json of {files.path}")
     descriptor, names = _select(entries, ref, files.path)
-    data = _read_blob(files, descriptor)
-    for _ in range(NESTING_MAX):
-        what = f"manifest {descriptor.digest}"
-        document = oci.parse_object(data, what)
-        if not oci.is_index(document):
-            break
-        inner = oci.parse_descriptors(document, "manifests", what)
-        descriptor = oci.choose_platform(inner, machine_architecture(), what)
-        data = _read_blob(files, descriptor)
-    manifest = oci.parse_manifest(data, f"manifest {descriptor.digest}", descriptor.media_type)
-    config_data = _read_blob(files, manifest.config)
-    config = oci.parse_config(config_data, f"config {manifest.config.digest}")
-    _require_same_count(len(manifest.layers), len(config.diff_ids))
-    layers = []
-    for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True):
-        name = _blob_name(layer.digest)
-        if files.size(name) != layer.size:
+    blobs = _LayoutBlobs(files)
+    return open_image(blobs, blobs.document(descriptor), descriptor.media_type, names)
+
+
+class _LayoutBlobs:
+    parallel = 2
+
+    def __init__(self, files: _Files) -> None:
+        self._files = files
+
+    def document(self, descriptor: oci.Descriptor) -> bytes:
+        files = self._files
+        data = _read_document(files, _blob_name(descriptor.digest))
+        if len(data) != descriptor.size or oci.digest_of(data) != descriptor.digest:
             raise BadSource(
-                f"layer {layer.digest} has {files.size(name)} bytes, not {layer.size}: fetch the image again"
+                f"blob {descriptor.digest} in {files.path} has another digest or size: fetch the image again"
             )
-        layers.append(LayerSource(diff_id, layer.digest, layer.size, layer.media_type, files, name))
-    return Source(
-        manifest=data,
-        manifest_type=manifest.media_type,
-        config=config_data,
-        config_type=manifest.config.media_type,
-        parsed_config=config,
-        layers=tuple(layers),
-        names=_valid_names(names),
-        _files=files,
-    )
+        return data
+
+    manifest = document
+
+    def layer(self, descriptor: oci.Descriptor) -> Callable[[], Reader]:
+        name = _blob_name(descriptor.digest)
+        size = self._files.size(name)
+        if size != descriptor.size:
+            raise BadSource(
+                f"layer {descriptor.digest} has {size} bytes, not {descriptor.size}: fetch the image again"
+            )
+        return partial(self._files.open, name)
+
+    def interrupt(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._files.close()
 
 
 def _select(entries: Sequence[oci.Descriptor], ref: str, path: str) -> tuple[oci.Descriptor, list[str]]:
@@ -472,7 +536,7 @@ def _select(entries: Sequence[oci.Descriptor], ref: str, path: str) -> tuple[oci
         # Without platforms nothing tells them apart.
         if not ref and any(_names(entry) or not entry.architecture for entry in matching):
             raise BadSource(f"{path} has several images, choose one of {_offer(entries)}")
-        chosen = oci.choose_platform(matching, machine_architecture(), path)
+        chosen = oci.choose_platform(matching, machine_platform(), path)
     else:
         chosen = matching[0]
     if ref and by_digest is None:
@@ -508,15 +572,6 @@ def _blob_name(digest: Digest) -> str:
     return f"blobs/sha256/{digest_hex(digest)}"
 
 
-def _read_blob(files: _Files, descriptor: oci.Descriptor) -> bytes:
-    data = _read_document(files, _blob_name(descriptor.digest))
-    if len(data) != descriptor.size or oci.digest_of(data) != descriptor.digest:
-        raise BadSource(
-            f"blob {descriptor.digest} in {files.path} has another digest or size: fetch the image again"
-        )
-    return data
-
-
 # docker save
 
 
@@ -533,7 +588,7 @@ def _open_docker(files: _Files, text: str, ref: str) -> Source:
     config = oci.parse_config(config_data, f"config {config_name}")
     _require_same_count(len(layer_names), len(config.diff_ids))
     layers = [
-        LayerSource(diff_id, None, files.size(name), "", files, name)
+        LayerSource(diff_id, None, files.size(name), "", partial(files.open, name))
         for name, diff_id in zip(layer_names, config.diff_ids, strict=True)
     ]
     return Source(
@@ -544,7 +599,7 @@ def _open_docker(files: _Files, text: str, ref: str) -> Source:
         parsed_config=config,
         layers=tuple(layers),
         names=_valid_names([ref] if ref and not ref.startswith("@") else _tags(image)),
-        _files=files,
+        close=files.close,
     )
 
 

@@ -22,7 +22,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +49,7 @@ from .layout import (
 from .mounts import Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
 from .names import parse_container_id
 from .nodes import Digest
+from .sources import Source, open_source
 from .syscalls import syncfs
 
 __all__ = [
@@ -243,7 +244,19 @@ class Store:
 
         Raises BadSource, BadName, LayerRefused, Exists (a name that cannot stand beside another).
         """
-        image = self._importer.run(source, names, progress)
+        return self.import_source(lambda scratch: open_source(source, scratch=scratch), names, progress)
+
+    def import_source(
+        self,
+        open_source: Callable[[str], Source],
+        names: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> Image:
+        """As `import_image`, of what `open_source` opens, given a directory for temporary files.
+
+        It is called again where other processes delete meanwhile what the image shares with others.
+        """
+        image = self._importer.run(open_source, names, progress)
         self.reopen_layers()
         self._mounts.announce(Changed("images", image.id))
         return image

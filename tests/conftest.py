@@ -20,6 +20,8 @@ from rig.distribution import Distribution, make_distribution
 from rig.images import TOOLS, Image, Images, make_images
 from rig.mounts import Mount, Place, make_area, sweep
 from rig.people import Person, plain_user, root
+from rig.registries import TOOLS as REGISTRY_TOOLS
+from rig.registries import DockerRegistry, docker_registry
 from rig.requirements import need
 
 P = TypeVar("P", bound=Place)
@@ -76,6 +78,22 @@ def distribution(area: Path) -> Distribution:
     made = make_distribution()
     publish = _publisher(area / "distribution")
     return Distribution(*map(publish, (made.layout, made.packages, made.wheels)))
+
+
+@pytest.fixture(scope="session")
+def registry(area: Path) -> Iterator[DockerRegistry]:
+    """For all tests together: each has repositories of its own."""
+    _need_tools(REGISTRY_TOOLS)
+    with docker_registry(area / "registry") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def locked_registry(area: Path) -> Iterator[DockerRegistry]:
+    """One that lets in only USER with PASSWORD (rig.registries)."""
+    _need_tools(REGISTRY_TOOLS)
+    with docker_registry(area / "locked-registry", wants_password=True) as running:
+        yield running
 
 
 def _need_tools(tools: Sequence[str]) -> None:

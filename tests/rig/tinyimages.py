@@ -13,8 +13,11 @@ __all__ = ["CREATED", "make_layout"]
 CREATED = "2024-02-03T04:05:06.000000007Z"
 
 
-def make_layout(path: Path, ref: str, layers: Sequence[Mapping[str, bytes]]) -> str:
-    """An OCI layout with one image named `ref`, a gzip layer for each of `layers`. Gives the image's id."""
+def make_layout(path: Path, ref: str, layers: Sequence[Mapping[str, bytes]], **fields: str) -> str:
+    """An OCI layout with one image named `ref`, a gzip layer for each of `layers`. Gives the image's id.
+
+    `fields` of the config come instead of, or beside, what it has.
+    """
     blobs = path / "blobs/sha256"
     blobs.mkdir(parents=True)
 
@@ -37,6 +40,7 @@ def make_layout(path: Path, ref: str, layers: Sequence[Mapping[str, bytes]]) -> 
             "type": "layers",
             "diff_ids": ["sha256:" + hashlib.sha256(tar).hexdigest() for tar in tars],
         },
+        **fields,
     }
     config_descriptor = blob(json.dumps(config).encode(), "config.v1+json")
     manifest = {

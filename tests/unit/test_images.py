@@ -14,10 +14,9 @@ import zstandard
 from rig.ocisources import OCI, SourceMaker, digest, docker_archive, tar_of
 from rig.stores import fail_to_open, open_at
 
-from fusestore import layerfiles
+from fusestore import layerfiles, sources
 from fusestore.check import check
 from fusestore.errors import BadName, BadSource, Busy, Exists, LayerRefused, NotFound, StoreDamaged
-from fusestore.sources import LayerSource
 from fusestore.store import Image, Store
 
 BASE, APP, OTHER = tar_of({"etc/passwd": b"root"}), tar_of({"app": b"1"}), tar_of({"app": b"2"})
@@ -521,11 +520,11 @@ def test_a_layer_that_cannot_be_opened_leaks_nothing(
     text = layout(tmp_path / "1", BASE)
     before = len(os.listdir("/proc/self/fd"))
 
-    def exhausted(source: LayerSource) -> None:
+    def exhausted() -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
-        patch.setattr(LayerSource, "open", exhausted)
+        patch.setattr(sources._LayoutBlobs, "layer", lambda blobs, descriptor: exhausted)
         store.import_image(text)
     assert len(os.listdir("/proc/self/fd")) == before
 

@@ -18,7 +18,7 @@ from rig.ocisources import OCI, SourceMaker, docker_archive, tar_of
 from fusestore import sources
 from fusestore.errors import BadSource
 from fusestore.oci import DOCUMENT_MAX, LAYERS_MAX
-from fusestore.sources import Source, machine_architecture, open_source
+from fusestore.sources import Source, machine_platform, open_source
 
 LOWER, UPPER = tar_of({"a": b"1"}), tar_of({"b": b"2"})
 ANNOTATION = "org.opencontainers.image.ref.name"
@@ -180,7 +180,7 @@ OTHER = {"architecture": "none-such", "os": "linux"}
 
 
 def platform(**fields: str) -> dict[str, str]:
-    return {"architecture": machine_architecture(), "os": "linux", **fields}
+    return {"architecture": machine_platform().architecture, "os": "linux", **fields}
 
 
 @pytest.mark.parametrize(

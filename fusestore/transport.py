@@ -1,0 +1,452 @@
+"""Requests to a registry: origin, rights, redirects, and what a failure means. Blocking; knows no repository.
+
+Plain http is spoken only to who was asked for so, and to this machine itself where no TLS answers. That goes
+for where the registry sends us, too: redirects and the servers of tokens.
+
+Rules a maintainer must not break. The Authorization header goes to the registry's own origin and nowhere else
+(redirects lead to stores of others, with the right to read in the URL); user and password go there and to the
+realm that its challenge names. No error and no log has a header, a URL's query, or what a library's exception
+says, as that may quote them.
+
+Thread-safe.
+"""
+
+import base64
+import contextlib
+import email.utils
+import http.client
+import json
+import logging
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Protocol, TypeVar
+from urllib.parse import urlencode, urljoin, urlsplit
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    LocationValueError,
+    NameResolutionError,
+    NewConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
+
+from .credentials import Credentials
+from .errors import AccessDenied, NotFound, RegistryFailed
+from .reference import Reference, is_loopback
+
+__all__ = ["Patience", "Response", "Transient", "Transport", "Tries", "Upload", "read_some"]
+
+# It logs URLs whole.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.CRITICAL)
+
+T = TypeVar("T")
+Response = urllib3.BaseHTTPResponse
+
+_READ = 128 << 10
+_REDIRECTS_MAX = 5
+_ANSWER_MAX = 1 << 20
+"""Bytes of a token server's answer and of an error's body."""
+_CONNECT_S = 10
+_CONNECTIONS = 8
+_ERROR_CODE = re.compile(r"[A-Z][A-Z_]{2,40}")
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to believe that a registry will answer."""
+
+    attempts: int = 5
+    """In a row, of one request or of one blob that does not get on."""
+    pause_s: float = 0.5
+    """After the first attempt; doubled after each other."""
+    pause_max_s: float = 60
+    """Also the longest Retry-After that is waited for."""
+    stall_s: float = 30
+    """Without a byte, until a connection is given up."""
+
+
+class Transient(Exception):
+    """What may go better the next time. `str()` continues a sentence that begins with the registry's name."""
+
+    def __init__(self, what: str, retry_after_s: float | None = None) -> None:
+        super().__init__(what)
+        self.retry_after_s = retry_after_s
+
+
+class Tries:
+    """Counts failures, and waits after each."""
+
+    def __init__(self, registry: str, patience: Patience, stopped: threading.Event) -> None:
+        self._registry = registry
+        self._patience = patience
+        self._stopped = stopped
+        self._failures = 0
+
+    def failed(self, error: Transient) -> None:
+        """Raises RegistryFailed where that was once too often."""
+        self._failures += 1
+        if self._failures >= self._patience.attempts:
+            raise RegistryFailed(
+                f"{self._registry} {error}, {self._failures} times in a row: try again later"
+            ) from None
+        pause_s = error.retry_after_s
+        if pause_s is None:
+            pause_s = self._patience.pause_s * 2 ** (self._failures - 1) * random.uniform(0.5, 1)
+            pause_s = min(pause_s, self._patience.pause_max_s)
+        elif pause_s > self._patience.pause_max_s:
+            raise RegistryFailed(
+                f"{self._registry} {error} and wants no request for {pause_s:.0f} s: try again then"
+            ) from None
+        if self._stopped.wait(pause_s):
+            raise RegistryFailed("interrupted") from None
+
+    def worked(self) -> None:
+        self._failures = 0
+
+
+class _Body(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is sent: `size` bytes of what `open` gives, once for each attempt. What its `read` raises passes,
+    but for OSError."""
+
+    size: int
+    open: Callable[[], AbstractContextManager[_Body]]
+
+
+class Transport:
+    """The way to one registry. Whoever makes it closes it; nothing is asked before the first request."""
+
+    def __init__(
+        self, reference: Reference, credentials: Credentials | None, plain_http: bool, patience: Patience
+    ) -> None:
+        self._reference = reference
+        self._credentials = credentials
+        self._plain_http = plain_http
+        self._patience = patience
+        self.name = reference.registry
+        self._pools = urllib3.PoolManager(
+            maxsize=_CONNECTIONS,
+            retries=False,
+            blocksize=_READ,
+            timeout=urllib3.Timeout(connect=_CONNECT_S, read=patience.stall_s),
+        )
+        self._lock = threading.Lock()
+        """Of the origin and the authorizations."""
+        self._origin = ""
+        self._authorizations: dict[tuple[str, ...], str] = {}
+        self._open: set[Response] = set()
+        self._stopped = threading.Event()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._pools.clear()
+
+    def interrupt(self) -> None:
+        """Has everything that waits in other threads fail soon. There is no way back."""
+        self._stopped.set()
+        for response in tuple(self._open):
+            with contextlib.suppress(RuntimeError, ValueError, OSError):
+                response.shutdown()
+
+    def tries(self) -> Tries:
+        return Tries(self.name, self._patience, self._stopped)
+
+    def again(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, once it raises no Transient. Raises RegistryFailed."""
+        tries = self.tries()
+        while True:
+            try:
+                return attempt()
+            except Transient as error:
+                tries.failed(error)
+
+    def url(self, path: str) -> str:
+        """Of a path at the registry; a whole URL stays as it is. Raises Transient where nothing answers."""
+        return urljoin(self._base(), path)
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        scopes: tuple[str, ...],
+        headers: Mapping[str, str],
+        body: bytes | Upload | None = None,
+    ) -> Response:
+        """One request, answered with success; its body is still to be read (`reading`) or dropped.
+
+        `scopes`: the rights that it needs, in the words of distribution's token specification. Raises
+        Transient, NotFound for 404, AccessDenied for 401 and 403, RegistryFailed.
+        """
+        authorization = self._authorizations.get(scopes, "")
+        response = self._follow(method, url, headers, authorization, body)
+        if response.status == HTTPStatus.UNAUTHORIZED:
+            challenges = response.headers.getlist("www-authenticate")
+            self.drop(response)
+            authorization = self._authorize(challenges, scopes, authorization)
+            response = self._follow(method, url, headers, authorization, body)
+        if not 200 <= response.status < 300:
+            raise self._refusal(response)
+        return response
+
+    @contextlib.contextmanager
+    def reading(self, response: Response) -> Iterator[None]:
+        """While something of a body is read, which `interrupt` then ends."""
+        self._open.add(response)
+        try:
+            if self._stopped.is_set():
+                raise RegistryFailed("interrupted")
+            yield
+        finally:
+            self._open.discard(response)
+
+    def read(self, response: Response, limit: int) -> bytes:
+        """The whole body, which is closed. Raises Transient; RegistryFailed where it is longer."""
+        pieces, left = [], limit
+        # With nothing left to read the connection is in the pool again, and not closed.
+        with contextlib.closing(response), self.reading(response):
+            try:
+                while data := response.read1(_READ):
+                    left -= len(data)
+                    if left < 0:
+                        raise RegistryFailed(
+                            f"{self.name} sends a document of over {limit} bytes: no image needs that much"
+                        )
+                    pieces.append(data)
+            except (HTTPError, OSError) as error:
+                raise _meaning(error) from None
+        return b"".join(pieces)
+
+    def drop(self, response: Response) -> None:
+        """Reads what little there is, for the connection to be used again."""
+        with contextlib.suppress(Transient, RegistryFailed):
+            self.read(response, _ANSWER_MAX)
+
+    # Sending
+
+    def _follow(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        authorization: str,
+        body: bytes | Upload | None,
+    ) -> Response:
+        """The answer, after redirects."""
+        own = _origin_of(self._base())
+        for _ in range(_REDIRECTS_MAX):
+            is_own = authorization and _origin_of(url) == own
+            sent = {**headers, "Authorization": authorization} if is_own else headers
+            response = self._send(method, url, sent, body)
+            location = response.headers.get("location")
+            if not 301 <= response.status <= 308 or location is None:
+                return response
+            self.drop(response)
+            if method not in ("GET", "HEAD"):
+                raise RegistryFailed(f"{self.name} wants uploads sent elsewhere: give the name it has there")
+            url = urljoin(url, location)
+        raise RegistryFailed(f"{self.name} sends us round in circles: check the name")
+
+    def _send(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | Upload | None = None
+    ) -> Response:
+        self._require_safe(url)
+        sent = {"User-Agent": "fusestore", "Accept-Encoding": "identity", **headers}
+        with contextlib.ExitStack() as stack:
+            content: bytes | _Body | None
+            if isinstance(body, Upload):
+                content = stack.enter_context(body.open())
+                sent["Content-Length"] = str(body.size)
+            else:
+                content = body
+            try:
+                return self._pools.request(
+                    method, url, body=content, headers=sent,  # type: ignore[arg-type]
+                    redirect=False, preload_content=False, decode_content=False,
+                )  # fmt: skip
+            except LocationValueError:
+                raise RegistryFailed(f"{self.name} sends us to no address: check the name") from None
+            except (HTTPError, UnicodeError) as error:
+                if _is_distrust(error):
+                    raise RegistryFailed(
+                        f"the certificate of {self.name} is not believed: have its authority's installed"
+                        " (update-ca-certificates)"
+                    ) from None
+                raise _meaning(error) from None
+
+    def _require_safe(self, url: str) -> None:
+        """Refuses what would cross a network in the open."""
+        parts = urlsplit(url)
+        if parts.scheme == "https":
+            return
+        host = parts.netloc.rpartition("@")[2]
+        if parts.scheme != "http" or not (self._plain_http or is_loopback(host)):
+            raise RegistryFailed(f"{self.name} sends us where there is no TLS: allow that with --plain-http")
+
+    def _base(self) -> str:
+        """The registry's scheme and host. Raises Transient where nothing answers."""
+        with self._lock:
+            if not self._origin:
+                is_plain = self._plain_http or (is_loopback(self.name) and not self._speaks_tls())
+                self._origin = f"{'http' if is_plain else 'https'}://{self._reference.host}"
+            return self._origin
+
+    def _speaks_tls(self) -> bool:
+        try:
+            self._send("HEAD", f"https://{self._reference.host}/v2/", {}).close()
+        except _NoTLS:
+            return False
+        return True
+
+    def _refusal(self, response: Response) -> Exception:
+        """What an answer without success means; closes it."""
+        status, code = response.status, self._error_code(response)
+        shown = f"answers {status}" + (f" {code}" if code else "")
+        if status == HTTPStatus.NOT_FOUND:
+            return NotFound(f"{self.name} {shown}")
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            return AccessDenied(
+                f"{self.name} does not let you have or change {self._reference.repository}: check the name,"
+                " or log in with podman login or docker login"
+            )
+        if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or status >= 500:
+            return Transient(shown, _retry_after_s(response.headers.get("retry-after")))
+        return RegistryFailed(f"{self.name} {shown}: it does not take this request, check the name")
+
+    def _error_code(self, response: Response) -> str:
+        """The first code of the distribution-spec in the body; "" if there is none."""
+        try:
+            code = json.loads(self.read(response, _ANSWER_MAX))["errors"][0]["code"]
+        except (Transient, RegistryFailed, ValueError, KeyError, IndexError, TypeError, RecursionError):
+            return ""
+        return code if isinstance(code, str) and _ERROR_CODE.fullmatch(code) else ""
+
+    # Rights
+
+    def _authorize(self, challenges: Iterable[str], scopes: tuple[str, ...], refused: str) -> str:
+        """An Authorization header for `scopes`, after one (or none, "") was refused."""
+        with self._lock:
+            known = self._authorizations.get(scopes, "")
+            if known and known != refused:
+                return known  # another thread was quicker
+            header = self._answer(challenges, scopes)
+            self._authorizations[scopes] = header
+            return header
+
+    def _answer(self, challenges: Iterable[str], scopes: tuple[str, ...]) -> str:
+        """RFC 6750, RFC 7617, and distribution's token specification."""
+        found = dict(_parse_challenges(challenges))
+        if "bearer" in found:
+            return f"Bearer {self._token(found['bearer'], scopes)}"
+        if "basic" in found and self._credentials is not None:
+            return _basic(self._credentials)
+        return ""
+
+    def _token(self, challenge: Mapping[str, str], scopes: tuple[str, ...]) -> str:
+        realm, service = challenge.get("realm", ""), challenge.get("service", "")
+        fields = [("service", service)] if service else []
+        credentials = self._credentials
+        if credentials is not None and credentials.identity_token:
+            fields += [("scope", " ".join(scopes)), ("client_id", "fusestore")]
+            fields += [("grant_type", "refresh_token"), ("refresh_token", credentials.identity_token)]
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            response = self._send("POST", realm, headers, urlencode(fields).encode())
+        else:
+            fields += [("scope", scope) for scope in scopes]
+            separator = "&" if urlsplit(realm).query else "?"
+            headers = {"Authorization": _basic(credentials)} if credentials is not None else {}
+            response = self._send("GET", f"{realm}{separator}{urlencode(fields)}", headers)
+        if response.status != HTTPStatus.OK:
+            raise self._refusal(response)
+        try:
+            answer = json.loads(self.read(response, _ANSWER_MAX))
+            token = answer.get("token") or answer.get("access_token")
+        except (ValueError, AttributeError, RecursionError):
+            token = None
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            raise RegistryFailed(f"the token server of {self.name} gives no token: try again later")
+        return token
+
+
+class _NoTLS(Transient):
+    """Something answers, but not in TLS."""
+
+
+def read_some(response: Response, size: int) -> bytes:
+    """At least one byte. Raises Transient, at the end too: who asks expects more."""
+    try:
+        data = response.read1(size)
+    except (HTTPError, OSError) as error:
+        raise _meaning(error) from None
+    if not data:
+        raise Transient("cuts connections")
+    return data
+
+
+def _basic(credentials: Credentials) -> str:
+    pair = f"{credentials.user}:{credentials.password}".encode()
+    return f"Basic {base64.b64encode(pair).decode()}"
+
+
+def _origin_of(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc.lower()
+
+
+def _is_distrust(error: Exception) -> bool:
+    return (
+        isinstance(error, SSLError)
+        and bool(error.args)
+        and isinstance(error.args[0], ssl.SSLCertVerificationError)
+    )
+
+
+def _meaning(error: Exception) -> Transient:
+    """What a library's error says, without its text."""
+    if isinstance(error, SSLError):
+        return _NoTLS("does not speak TLS")
+    if isinstance(error, NameResolutionError):
+        return Transient("has no address")
+    # Before the next one, of which it is a kind.
+    if isinstance(error, NewConnectionError):
+        return Transient("cannot be reached")
+    if isinstance(error, ReadTimeoutError | ConnectTimeoutError | TimeoutError):
+        return Transient("does not answer in time")
+    cause = error.args[-1] if error.args else None
+    if isinstance(cause, ConnectionResetError | http.client.RemoteDisconnected):
+        return _NoTLS("cuts connections")
+    return Transient("cuts connections")
+
+
+def _retry_after_s(text: str | None) -> float | None:
+    """RFC 9110, 10.2.3: seconds or a date."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _parse_challenges(headers: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """RFC 9110, 11.6.1: scheme in lower case → parameters."""
+    for header in headers:
+        for challenge in re.split(r",\s*(?=(?:Bearer|Basic)\s)", header, flags=re.IGNORECASE):
+            scheme, _, rest = challenge.strip().partition(" ")
+            yield scheme.lower(), dict(re.findall(r'([A-Za-z0-9_-]+)\s*=\s*"([^"]*)"', rest))

@@ -1,0 +1,279 @@
+"""Debian's docker-registry on this machine, and a proxy before it that does what networks do. Blocking.
+
+A `Proxy` hands each request on, and its answer back through the first `Fault` that fits: cut, slowed,
+corrupted, replaced. It can want tokens too (`Proxy.wants_tokens`), which it then gives out itself, at /token.
+"""
+
+import base64
+import http.client
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from rig.mounts import wait_until
+
+__all__ = [
+    "PASSWORD", "TOOLS", "USER", "Answer", "DockerRegistry", "Fault", "Proxy", "docker_registry", "proxy_of",
+    "skopeo",
+]  # fmt: skip
+
+TOOLS = ("docker-registry", "skopeo")
+
+USER, PASSWORD = "someone", "s3cret-pass"
+_HASHED = "$2b$05$abcdefghijklmnopqrstuuV7fpPozvyqJfnY19y0802WTlXUm6Rjy"
+"""PASSWORD, as htpasswd -B would write it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DockerRegistry:
+    port: int
+
+    @property
+    def name(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def fill(self, source: str, repository: str, *options: str) -> str:
+        """Has skopeo copy an image into it; the reference it has now."""
+        reference = f"{self.name}/{repository}"
+        skopeo("copy", "--dest-tls-verify=false", *options, source, f"docker://{reference}")
+        return reference
+
+
+def skopeo(*arguments: str) -> str:
+    done = subprocess.run(["skopeo", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"skopeo {arguments}: {done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def docker_registry(base: Path, *, wants_password: bool = False) -> Iterator[DockerRegistry]:
+    """One on a free port, empty at first."""
+    base.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = (
+        "version: 0.1\nlog: {level: warn}\n"
+        f"storage: {{filesystem: {{rootdirectory: {base}/data}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n"
+    )
+    if wants_password:
+        (base / "htpasswd").write_text(f"{USER}:{_HASHED}\n")
+        config += f"auth: {{htpasswd: {{realm: test, path: {base}/htpasswd}}}}\n"
+    (base / "config.yml").write_text(config)
+    with (
+        open(base / "log", "wb") as log,
+        subprocess.Popen(
+            [shutil.which("docker-registry") or "docker-registry", "serve", base / "config.yml"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: process.poll() is not None or _answers(port))
+            assert process.poll() is None, (base / "log").read_text()
+            yield DockerRegistry(port)
+        finally:
+            process.terminate()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(slots=True)
+class Answer:
+    """What goes back; a fault changes it."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    cut_at: int | None = None
+    """Bytes of the body after which the connection ends."""
+    cut_before: bool = False
+    """The connection ends without an answer."""
+    pause_s: float = 0
+    """Between pieces of 64 KiB."""
+    stalls_at: int | None = None
+    """Bytes of the body after which nothing comes any more."""
+
+
+@dataclass(slots=True)
+class Fault:
+    """What happens to answers whose ``METHOD PATH`` has a match of `where`, `times` times."""
+
+    where: str
+    do: Callable[[Answer], None]
+    times: int = 1 << 30
+    forget_range: bool = False
+    """The registry is not told of the Range."""
+    done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A request that came by."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    status: int
+    sent: int
+    """Bytes of the body that went back."""
+
+
+@dataclass
+class Proxy:
+    port: int
+    faults: list[Fault] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+    wants_tokens: bool = False
+    allows_anonymous: bool = True
+    token_lives: int = 1 << 30
+    """Requests that one token is good for."""
+    scopes: list[str] = field(default_factory=list)
+    """That tokens were asked for, each request's sorted and joined."""
+    released: threading.Event = field(default_factory=threading.Event)
+    """Set: who stalls goes on (and ends)."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _tokens: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def requests(self, where: str) -> list[Seen]:
+        return [seen for seen in self.seen if re.search(where, f"{seen.method} {seen.path}")]
+
+    def challenge(self) -> str:
+        return f'Bearer realm="http://{self.name}/token",service="test"'
+
+    def accepts(self, authorization: str) -> bool:
+        """Uses up one of the token's lives."""
+        token = authorization.removeprefix("Bearer ")
+        with self.lock:
+            left = self._tokens.get(token, 0)
+            self._tokens[token] = left - 1
+            return left > 0
+
+    def give_token(self, authorization: str, query: str) -> tuple[int, bytes]:
+        pair = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        if authorization != f"Basic {pair}" and (authorization or not self.allows_anonymous):
+            return 401, b'{"errors":[{"code":"UNAUTHORIZED"}]}'
+        with self.lock:
+            self.scopes.append(" ".join(sorted(parse_qs(query).get("scope", []))))
+            token = f"t0ken-{len(self._tokens)}"
+            self._tokens[token] = self.token_lives
+        return 200, json.dumps({"token": token}).encode()
+
+
+@contextmanager
+def proxy_of(upstream: int, *, host: str = "127.0.0.1") -> Iterator[Proxy]:
+    """A proxy before what listens on port `upstream`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def _any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            url = urlsplit(self.path)
+            if url.path == "/token":
+                status, data = proxy.give_token(self.headers.get("Authorization", ""), url.query)
+                return self._answer(Answer(status, {"Content-Type": "application/json"}, data))
+            if proxy.wants_tokens and not proxy.accepts(self.headers.get("Authorization", "")):
+                return self._answer(Answer(401, {"WWW-Authenticate": proxy.challenge()}, b""))
+            with proxy.lock:
+                fitting = (f for f in proxy.faults if f.done < f.times and re.search(f.where, self._line))
+                fault = next(fitting, None)
+                if fault is not None:
+                    fault.done += 1
+            answer = self._ask(body, forget_range=fault is not None and fault.forget_range)
+            if fault is not None:
+                fault.do(answer)
+            return self._answer(answer)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = _any
+
+        @property
+        def _line(self) -> str:
+            return f"{self.command} {self.path}"
+
+        def _ask(self, body: bytes, *, forget_range: bool) -> Answer:
+            headers = {
+                key: value
+                for key, value in self.headers.items()
+                if not (forget_range and key == "Range")
+                and not (proxy.wants_tokens and key == "Authorization")
+            }
+            connection = http.client.HTTPConnection("127.0.0.1", upstream, timeout=30)
+            try:
+                connection.request(self.command, self.path, body, headers)
+                response = connection.getresponse()
+                data = response.read()
+                kept = {
+                    key: value
+                    for key, value in response.getheaders()
+                    if key.lower() not in ("content-length", "date", "connection", "transfer-encoding")
+                }
+                return Answer(response.status, kept, data)
+            finally:
+                connection.close()
+
+        def _answer(self, answer: Answer) -> None:
+            sent = 0
+            try:
+                if not answer.cut_before:
+                    sent = self._write(answer)
+            except OSError:
+                pass  # the other side had enough
+            finally:
+                seen = Seen(self.command, self.path, dict(self.headers.items()), answer.status, sent)
+                proxy.seen.append(seen)
+            if answer.cut_before or answer.cut_at is not None or answer.stalls_at is not None:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+        def _write(self, answer: Answer) -> int:
+            self.send_response_only(answer.status)
+            for key, value in answer.headers.items():
+                self.send_header(key, value)
+            if "Transfer-Encoding" not in answer.headers and "Content-Length" not in answer.headers:
+                self.send_header("Content-Length", str(len(answer.body)))
+            self.end_headers()
+            if self.command == "HEAD":
+                return 0
+            end = min(x for x in (answer.cut_at, answer.stalls_at, len(answer.body)) if x is not None)
+            for start in range(0, end, 64 << 10):
+                self.wfile.write(answer.body[start : min(start + (64 << 10), end)])
+                time.sleep(answer.pause_s)
+            if answer.stalls_at is not None:
+                proxy.released.wait(60)
+            return end
+
+    server = ThreadingHTTPServer((host, 0), Handler)
+    proxy = Proxy(server.server_address[1])
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        proxy.released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
