@@ -51,6 +51,8 @@ _PERMISSIONS = 0o7777
 _RECORD = re.compile(rb"([0-7]{1,7}):([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,20})")
 _KEPT_AS_FILES = (stat.S_IFREG, stat.S_IFCHR, stat.S_IFBLK)
 _ID_MAX = (1 << 32) - 1
+_PATH_MAX = 4096
+"""Bytes of a path that the kernel takes, with its NUL (limits.h)."""
 _serial = itertools.count()
 """Names in the scratch directory, which is this process's alone."""
 
@@ -305,22 +307,29 @@ class Upper:
         found: list[bytes] = []
         if _getxattr(_proc(self.root), self._prefix + _MOVED) is None:
             return found
-        chain = [(os.dup(self.root), b"", iter(self._subdirectories(self.root)))]
-        try:
-            while chain:
-                fd, path, names = chain[-1]
-                name = next(names, None)
-                if name is None:
-                    os.close(chain.pop()[0])
-                    continue
-                below = self.open(fd, name)
-                chain.append((below, path + name + b"/", iter(self._subdirectories(below))))
-                if _getxattr(_proc(below), self._prefix + b"redirect") is not None:
-                    found.append(path + name)
-        finally:
-            for fd, _, _ in chain:
+        pending = [b""]
+        while pending:
+            path = pending.pop()
+            fd = self._descend(path)
+            try:
+                if path and _getxattr(_proc(fd), self._prefix + b"redirect") is not None:
+                    found.append(path)
+                pending.extend(path + b"/" + name if path else name for name in self._subdirectories(fd))
+            finally:
                 os.close(fd)
         return found
+
+    def _descend(self, path: bytes) -> int:
+        """A descriptor of the directory at `path`, however long that is, with one more open meanwhile."""
+        fd = os.dup(self.root)
+        while path:
+            end = len(path) if len(path) < _PATH_MAX else path.rindex(b"/", 0, _PATH_MAX)
+            try:
+                below = self.open(fd, path[:end])
+            finally:
+                os.close(fd)
+            fd, path = below, path[end + 1 :]
+        return fd
 
     def _subdirectories(self, directory: int) -> list[bytes]:
         with os.scandir(_proc(directory)) as entries:

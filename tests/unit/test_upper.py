@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -153,6 +154,25 @@ def test_renamed_directories_are_found(place: Place) -> None:
     place.upper.set_redirect(place.upper.open(above, b"below"), b"/c")
     os.close(place.directory(b"f"))
     assert sorted(place.upper.moved()) == [b"d", b"e", b"e/below"]
+
+
+def test_renamed_directories_are_found_at_any_depth_with_few_descriptors(place: Place) -> None:
+    name, here = b"d" * 100, os.dup(place.root)
+    for _ in range(60):
+        os.mkdir(name, dir_fd=here)
+        below = place.upper.open(here, name)
+        os.close(here)
+        here = below
+    place.upper.set_redirect(here, b"/a")
+    os.close(here)
+    lowest_free = os.dup(place.root)
+    os.close(lowest_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, hard))
+    try:
+        assert place.upper.moved() == [b"/".join([name] * 60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_listing_and_find_agree(place: Place) -> None:
