@@ -12,9 +12,14 @@ __all__ = [
     "Digest",
     "Extent",
     "Inode",
+    "MAJOR_END",
+    "MINOR_END",
     "TarEntry",
     "WHITEOUT_RDEV",
     "Xattrs",
+    "device_major",
+    "device_minor",
+    "make_device",
 ]
 
 Inode = NewType("Inode", int)
@@ -25,6 +30,23 @@ Xattrs = tuple[tuple[bytes, bytes], ...]
 
 WHITEOUT_RDEV = 0
 """overlayfs.rst, "whiteouts and opaque directories": a character device with device number 0:0."""
+
+MAJOR_END = 1 << 12
+MINOR_END = 1 << 20
+"""Of device numbers (linux/kdev_t.h)."""
+
+
+def make_device(major: int, minor: int) -> int:
+    """As os.makedev, which is not pure enough for the module order, does it for the numbers Linux has."""
+    return (major << 8) | ((minor & ~0xFF) << 12) | (minor & 0xFF)
+
+
+def device_major(rdev: int) -> int:
+    return rdev >> 8 & 0xFFF | rdev >> 32 & ~0xFFF
+
+
+def device_minor(rdev: int) -> int:
+    return rdev & 0xFF | rdev >> 12 & ~0xFF
 
 
 class Extent(NamedTuple):

@@ -25,7 +25,7 @@ from zlib import adler32
 
 from . import acl
 from .errors import BadInput, LayerRefused
-from .nodes import Extent, TarEntry, Xattrs
+from .nodes import MAJOR_END, MINOR_END, Extent, TarEntry, Xattrs, make_device
 
 __all__ = ["TarLimits", "TarScanner"]
 
@@ -122,9 +122,6 @@ _PREFIX_OF_STAR = 131
 _INT64_END = 1 << 63
 _ID_END = (1 << 32) - 1
 """uid_t and gid_t are 32 bits and their largest value means "leave as it is" to chown(2)."""
-_MAJOR_END = 1 << 12
-_MINOR_END = 1 << 20
-"""linux/kdev_t.h."""
 
 _PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,8}) ")
 _PAX_NUMBER = re.compile(rb"[0-9]{1,19}")
@@ -526,10 +523,9 @@ def _without_nul(value: bytes) -> bytes:
 
 
 def _device(major: int, minor: int) -> int:
-    """As os.makedev does it (gnu_dev_makedev of glibc), for the numbers that Linux has."""
-    if not (0 <= major < _MAJOR_END and 0 <= minor < _MINOR_END):
+    if not (0 <= major < MAJOR_END and 0 <= minor < MINOR_END):
         raise _Malformed(f"device {major}:{minor} is none that Linux can have")
-    return (major << 8) | ((minor & ~0xFF) << 12) | (minor & 0xFF)
+    return make_device(major, minor)
 
 
 def _pax_number(value: bytes) -> int:

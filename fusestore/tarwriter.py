@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import quote_from_bytes
 
-from .nodes import Attr, Xattrs
+from .nodes import Attr, Xattrs, device_major, device_minor
 
 __all__ = ["Sink", "TarWriter", "is_storable"]
 
@@ -118,7 +118,7 @@ class TarWriter:
         info.uid, info.gid = attr.uid, attr.gid
         info.linkname = _text(target)
         if format_bits in (stat.S_IFCHR, stat.S_IFBLK):
-            info.devmajor, info.devminor = _major(attr.rdev), _minor(attr.rdev)
+            info.devmajor, info.devminor = device_major(attr.rdev), device_minor(attr.rdev)
         mtime_ns = attr.mtime_ns if self._latest_ns is None else min(attr.mtime_ns, self._latest_ns)
         info.mtime = mtime_ns // _NS
         extended = dict(_xattr_record(name, value) for name, value in sorted(xattrs))
@@ -163,12 +163,3 @@ def _seconds(ns: int) -> str:
     """Decimal seconds, as pax wants them; exact, and right before 1970 too."""
     sign = "-" if ns < 0 else ""
     return f"{sign}{abs(ns) // _NS}.{abs(ns) % _NS:09}".rstrip("0")
-
-
-def _major(rdev: int) -> int:
-    """As glibc's gnu_dev_major: os.major is not pure enough for the module order."""
-    return rdev >> 8 & 0xFFF | rdev >> 32 & ~0xFFF
-
-
-def _minor(rdev: int) -> int:
-    return rdev & 0xFF | rdev >> 12 & ~0xFF
