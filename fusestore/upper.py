@@ -181,19 +181,20 @@ class Upper:
         return os.open(_proc(fd), flags | os.O_CLOEXEC | os.O_NOCTTY)
 
     def attr(self, fd: int) -> Attr:
-        """Attributes of `fd`; a directory's link count is the upper's own, not the union's."""
+        """Attributes of `fd`; a directory's link count is the upper's own, not the union's, its size 0."""
         status = os.fstat(fd)
+        is_directory = stat.S_ISDIR(status.st_mode)  # of whose size each file system says what it likes
         mode, uid, gid, rdev = status.st_mode, status.st_uid, status.st_gid, status.st_rdev
-        if self._is_plain and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        if self._is_plain and (is_directory or stat.S_ISREG(mode)):
             mode, uid, gid, rdev = self._recorded(_proc(fd), status)
         return Attr(
             mode=mode,
             uid=uid,
             gid=gid,
-            size=status.st_size,
+            size=0 if is_directory else status.st_size,
             rdev=rdev,
             nlink=status.st_nlink,
-            blocks=status.st_blocks,
+            blocks=0 if is_directory else status.st_blocks,
             atime_ns=status.st_atime_ns,
             mtime_ns=status.st_mtime_ns,
             ctime_ns=status.st_ctime_ns,

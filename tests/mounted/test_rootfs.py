@@ -317,3 +317,12 @@ def test_what_the_kernel_keeps_for_root_or_owners(mounted: Mount, command: str) 
     mounted.fusestore("create", "debian", name).ok()
     mounted.sh(f"cd containers/$1/rootfs && {command}", name).fails_with(errno.EPERM)
     mounted.sh("rmdir containers/$1", name).ok()
+
+
+def test_directories_have_one_size_wherever_they_lie(mounted: Mount, container: str) -> None:
+    script = """
+        cd containers/$1/rootfs
+        mkdir made && touch made/file etc/made
+        stat -c '%s %b' . bin etc made
+    """
+    assert set(mounted.sh(script, container).ok().splitlines()) == {"0 0"}
