@@ -236,11 +236,15 @@ def _push(places: _Places, image: str, ref: str, plain_http: bool, authfile: str
 
 
 def _options_of(plain_http: bool, authfile: str | None) -> "RegistryOptions":
+    from urllib.request import getproxies_environment
+
     from .credentials import auth_files, find_credentials
     from .transfer import RegistryOptions
 
     files = auth_files(os.environ, authfile)
-    return RegistryOptions(lambda reference: find_credentials(reference, files), plain_http)
+    return RegistryOptions(
+        lambda reference: find_credentials(reference, files), plain_http, proxies=getproxies_environment()
+    )
 
 
 @_command

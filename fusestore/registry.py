@@ -9,6 +9,7 @@ Thread-safe; each blob is read by one thread.
 """
 
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from urllib.parse import urlencode, urlsplit
 
@@ -37,13 +38,14 @@ class Registry:
         self,
         reference: Reference,
         *,
-        credentials: Credentials | None = None,
-        plain_http: bool = False,
-        pushes: bool = False,
-        patience: Patience | None = None,
+        credentials: Credentials | None,
+        plain_http: bool,
+        pushes: bool,
+        patience: Patience,
+        proxies: Mapping[str, str],
     ) -> None:
         self.reference = reference
-        self.transport = Transport(reference, credentials, plain_http, patience or Patience())
+        self.transport = Transport(reference, credentials, plain_http, patience, proxies)
         self._scope = f"repository:{reference.repository}:{'pull,push' if pushes else 'pull'}"
 
     def close(self) -> None:

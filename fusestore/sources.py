@@ -165,12 +165,14 @@ def _parse(text: str) -> tuple[str, str, str]:
     else:
         kind, path, ref = "", text, ""
         if not os.path.exists(path) and colon and transport in _SKOPEO:
+            if transport == "docker":
+                raise BadSource(f"{text} is in a registry: fusestore pull {text}")
             raise BadSource(
                 f"{text} cannot be read directly: copy it first, with skopeo copy {text} oci:DIR:NAME"
             )
     if not os.path.exists(path):
         forms = "oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:REF] or a path"
-        other = "" if kind else ", or fetch it from a registry: skopeo copy docker://NAME oci:DIR:NAME"
+        other = "" if kind else ", or take it from a registry: fusestore pull NAME"
         raise BadSource(f"there is no {path or 'such source'}: give {forms}{other}")
     return kind, path, ref
 

@@ -5,7 +5,7 @@ published whole; what the store has is not fetched. A pull that fails keeps noth
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +41,8 @@ class RegistryOptions:
     plain_http: bool = False
     """Do without TLS: whoever is on the way can read and change everything but what has a digest."""
     patience: Patience = field(default_factory=Patience)
+    proxies: Mapping[str, str] = field(default_factory=dict)
+    """Scheme → URL of its proxy; "no" → hosts that need none. As urllib.request.getproxies_environment."""
 
     def open(self, reference: Reference, *, pushes: bool = False) -> Registry:
         return Registry(
@@ -49,6 +51,7 @@ class RegistryOptions:
             plain_http=self.plain_http,
             pushes=pushes,
             patience=self.patience,
+            proxies=self.proxies,
         )
 
 

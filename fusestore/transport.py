@@ -27,7 +27,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol, TypeVar
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import unquote, urlencode, urljoin, urlsplit
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
 from urllib3.exceptions import (
@@ -36,6 +37,8 @@ from urllib3.exceptions import (
     LocationValueError,
     NameResolutionError,
     NewConnectionError,
+    ProxyError,
+    ProxySchemeUnknown,
     ReadTimeoutError,
     SSLError,
 )
@@ -132,19 +135,21 @@ class Transport:
     """The way to one registry. Whoever makes it closes it; nothing is asked before the first request."""
 
     def __init__(
-        self, reference: Reference, credentials: Credentials | None, plain_http: bool, patience: Patience
+        self,
+        reference: Reference,
+        credentials: Credentials | None,
+        plain_http: bool,
+        patience: Patience,
+        proxies: Mapping[str, str],
     ) -> None:
         self._reference = reference
         self._credentials = credentials
         self._plain_http = plain_http
         self._patience = patience
         self.name = reference.registry
-        self._pools = urllib3.PoolManager(
-            maxsize=_CONNECTIONS,
-            retries=False,
-            blocksize=_READ,
-            timeout=urllib3.Timeout(connect=_CONNECT_S, read=patience.stall_s),
-        )
+        self._proxies = proxies
+        self._pools: dict[str, urllib3.PoolManager] = {}
+        """By the URL of the proxy; "" for none."""
         self._lock = threading.Lock()
         """Of the origin and the authorizations."""
         self._origin = ""
@@ -154,7 +159,8 @@ class Transport:
 
     def close(self) -> None:
         """Idempotent."""
-        self._pools.clear()
+        for pools in self._pools.values():
+            pools.clear()
 
     def interrupt(self) -> None:
         """Has everything that waits in other threads fail soon. There is no way back."""
@@ -274,10 +280,12 @@ class Transport:
             else:
                 content = body
             try:
-                return self._pools.request(
+                return self._pools_for(url).request(
                     method, url, body=content, headers=sent,  # type: ignore[arg-type]
                     redirect=False, preload_content=False, decode_content=False,
                 )  # fmt: skip
+            except ProxySchemeUnknown:
+                raise RegistryFailed("https_proxy or http_proxy names no proxy: mend or unset it") from None
             except LocationValueError:
                 raise RegistryFailed(f"{self.name} sends us to no address: check the name") from None
             except (HTTPError, UnicodeError) as error:
@@ -287,6 +295,16 @@ class Transport:
                         " (update-ca-certificates)"
                     ) from None
                 raise _meaning(error) from None
+
+    def _pools_for(self, url: str) -> urllib3.PoolManager:
+        parts = urlsplit(url)
+        proxy = self._proxies.get(parts.scheme, "")
+        if is_loopback(parts.netloc) or proxy_bypass_environment(parts.netloc, dict(self._proxies)):
+            proxy = ""
+        if proxy in self._pools:
+            return self._pools[proxy]
+        timeout = urllib3.Timeout(connect=_CONNECT_S, read=self._patience.stall_s)
+        return self._pools.setdefault(proxy, _make_pools(proxy, timeout))
 
     def _require_safe(self, url: str) -> None:
         """Refuses what would cross a network in the open."""
@@ -397,6 +415,16 @@ def read_some(response: Response, size: int) -> bytes:
     return data
 
 
+def _make_pools(proxy: str, timeout: urllib3.Timeout) -> urllib3.PoolManager:
+    if not proxy:
+        return urllib3.PoolManager(maxsize=_CONNECTIONS, retries=False, blocksize=_READ, timeout=timeout)
+    user, at, _ = urlsplit(proxy).netloc.rpartition("@")
+    headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if at else None
+    return urllib3.ProxyManager(
+        proxy, maxsize=_CONNECTIONS, retries=False, blocksize=_READ, timeout=timeout, proxy_headers=headers
+    )
+
+
 def _basic(credentials: Credentials) -> str:
     pair = f"{credentials.user}:{credentials.password}".encode()
     return f"Basic {base64.b64encode(pair).decode()}"
@@ -419,6 +447,8 @@ def _meaning(error: Exception) -> Transient:
     """What a library's error says, without its text."""
     if isinstance(error, SSLError):
         return _NoTLS("does not speak TLS")
+    if isinstance(error, ProxyError):
+        return Transient("cannot be reached through the proxy")
     if isinstance(error, NameResolutionError):
         return Transient("has no address")
     # Before the next one, of which it is a kind.

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -144,6 +144,8 @@ class Proxy:
     allows_anonymous: bool = True
     token_lives: int = 1 << 30
     """Requests that one token is good for."""
+    hosts: set[str] = field(default_factory=set)
+    """For which it was asked as an http proxy: all are the one registry."""
     scopes: list[str] = field(default_factory=list)
     """That tokens were asked for, each request's sorted and joined."""
     released: threading.Event = field(default_factory=threading.Event)
@@ -193,6 +195,9 @@ def proxy_of(upstream: int, *, host: str = "127.0.0.1") -> Iterator[Proxy]:
         def _any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             url = urlsplit(self.path)
+            if url.netloc:  # we are asked as a proxy for http
+                proxy.hosts.add(url.netloc)
+                self.path = self.path.partition(url.netloc)[2]
             if url.path == "/token":
                 status, data = proxy.give_token(self.headers.get("Authorization", ""), url.query)
                 return self._answer(Answer(status, {"Content-Type": "application/json"}, data))
@@ -237,17 +242,15 @@ def proxy_of(upstream: int, *, host: str = "127.0.0.1") -> Iterator[Proxy]:
 
         def _answer(self, answer: Answer) -> None:
             sent = 0
-            try:
+            with suppress(OSError):  # the other side had enough
                 if not answer.cut_before:
                     sent = self._write(answer)
-            except OSError:
-                pass  # the other side had enough
-            finally:
-                seen = Seen(self.command, self.path, dict(self.headers.items()), answer.status, sent)
-                proxy.seen.append(seen)
+            headers = dict(self.headers.items())
+            proxy.seen.append(Seen(self.command, self.path, headers, answer.status, sent))
             if answer.cut_before or answer.cut_at is not None or answer.stalls_at is not None:
                 self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # the other side has
+                    self.connection.shutdown(socket.SHUT_RDWR)
 
         def _write(self, answer: Answer) -> int:
             self.send_response_only(answer.status)

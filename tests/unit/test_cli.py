@@ -74,7 +74,7 @@ def _fails(outcome: Outcome, *words: str, code: int = 1) -> None:
     [
         (("import", "/etc/passwd"), ["no sound archive", "save the image again"]),
         (("import", "/etc"), ["holds no image"]),
-        (("import", "busybox:1"), ["give oci:DIR", "skopeo copy docker://NAME"]),
+        (("import", "busybox:1"), ["give oci:DIR", "fusestore pull NAME"]),
         (("import", "docker-archive:image.tar"), ["no docker archive", "without docker-archive:"]),
         (("import", "oci", "--name", "a b"), ["'a b' cannot name an image"]),
         (("import", "oci", "--store", "/etc"), ["neither empty nor a store"]),

@@ -375,10 +375,11 @@ def test_a_fifo_does_not_hold_us(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("docker://busybox", "copy it first, with skopeo copy docker://busybox"),
+        ("docker://busybox", "is in a registry: fusestore pull docker://busybox"),
+        ("docker-daemon:busybox:1", "copy it first, with skopeo copy docker-daemon:busybox:1"),
         ("containers-storage:x", "copy it first"),
         ("oci:/none/such", "there is no /none/such"),
-        ("busybox:busybox", "there is no busybox:busybox: give oci:.* skopeo copy docker://NAME"),
+        ("busybox:busybox", "there is no busybox:busybox: give oci:.* fusestore pull NAME"),
         ("/none/such", "there is no /none/such"),
         ("", "there is no such source"),
         ("oci:{}/file", "is not a directory, as oci: wants"),
