@@ -30,6 +30,7 @@ if [ "${1-}" = dev ]; then
         runc
         rsync
         vim
+        xfsprogs
         zstd
     )
 fi

@@ -594,6 +594,23 @@ def _commit(
     click.echo(image.id)
 
 
+@_command
+@click.argument("ref", metavar="ID")
+@click.argument("new", required=False)
+@_places
+def _clone(places: _Places, ref: str, new: str | None) -> None:
+    """Make another container with what is in this one, and print its id.
+
+    It has the same image, changes, label and keys of yours; it is stopped, and its workdir is empty. Blocks
+    are shared where the file system can. NEW, its id, is made up where it is not given.
+    """
+    from .clone import clone
+
+    with places.open() as store:
+        made = clone(store, ref, new)
+    click.echo(made.id)
+
+
 def _source_date_epoch() -> int | None:
     """reproducible-builds.org/specs/source-date-epoch."""
     text = os.environ.get("SOURCE_DATE_EPOCH")

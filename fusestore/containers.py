@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 from .durable import Workspace, discard, empty_trash, is_damage, lock_directory, read_file
 from .errors import BadDocument, BadName, Busy, Exists, Locked, NotFound, StoreDamaged
@@ -55,13 +54,13 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A container to be made. Ids and names are checked already."""
+    """A container to be made. Ids, names and the document are checked already."""
 
     id: str
-    name: str
-    image_name: str
-    image_id: str
-    mountlabel: str
+    document: Document
+    """As it is stored, but for `created-at`, which is when it is made."""
+    fill: Callable[[str], None] = lambda directory: None
+    """Puts more into its directory before anybody sees it; what it raises, `create` raises."""
 
 
 class Hold:
@@ -219,6 +218,12 @@ class Containers:
             f"{path} is damaged ({what}): save what you need from diff/ beside it, then delete it"
         )
 
+    def draft_like(self, container_id: str, new_id: str) -> Draft:
+        """Another container with this one's document: it has neither its name nor what is in it."""
+        document = self._stored(container_id)
+        document.pop("name", None)
+        return Draft(new_id, document)
+
     # Locks
 
     def hold(self, ref: str) -> Hold:
@@ -266,29 +271,23 @@ class Containers:
         `confirm_image` is called with the lock held and raises if the image is gone. Raises Exists.
         """
         layout = self._layout
-        document: dict[str, Any] = {
-            "image-name": draft.image_name,
-            "image-id": draft.image_id,
-            "created-at": int(time.time()),
-        }
-        if draft.name != draft.id:
-            document["name"] = draft.name
-        if draft.mountlabel:
-            document["mountlabel"] = draft.mountlabel
+        name = draft.document.get("name", draft.id)
+        document = {**draft.document, "created-at": int(time.time())}
         with self._workspace.scratch() as scratch:
             scratch.mkdir("container")
             scratch.mkdir(layout.work_in("container"))
             scratch.mkdir(layout.workdir_in("container"))
             scratch.write(layout.document_in("container"), _encode(document))
+            draft.fill(scratch.join("container"))
             scratch.sync()
             with self._workspace.lock(), contextlib.ExitStack() as stack:
                 confirm_image()
                 self._require_free_locked(draft.id)
-                self._require_free_locked(draft.name)
+                self._require_free_locked(name)
                 self._discard_run_locked(draft.id)
-                if draft.name != draft.id:
-                    stack.enter_context(self._renaming({draft.name: [draft.id]}))
-                    self._point_name(draft.name, draft.id)
+                if name != draft.id:
+                    stack.enter_context(self._renaming({name: [draft.id]}))
+                    self._point_name(name, draft.id)
                 self._workspace.publish((scratch.join("container"), layout.container(draft.id)))
 
     def delete(self, ref: str) -> str:

@@ -258,7 +258,7 @@ class Layout:
         return self.document_in(self.container(container_id))
 
     def upper(self, container_id: str) -> str:
-        return _join(self.container(container_id), "diff")
+        return self.upper_in(self.container(container_id))
 
     def work(self, container_id: str) -> str:
         return self.work_in(self.container(container_id))
@@ -289,6 +289,10 @@ class Layout:
     @staticmethod
     def document_in(directory: str) -> str:
         return _join(directory, "container")
+
+    @staticmethod
+    def upper_in(directory: str) -> str:
+        return _join(directory, "diff")
 
     @staticmethod
     def work_in(directory: str) -> str:

@@ -25,6 +25,7 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -373,7 +374,7 @@ class Store:
         metadata names one. An id is made at random where none is given; an empty id, name or label is none.
         Raises NotFound, BadName, BadDocument (the label), Exists.
         """
-        chosen_id = parse_container_id(container_id) if container_id else secrets.token_hex(_ID_BYTES)
+        chosen_id = _new_id(container_id)
         name = parse_container_id(container_name) if container_name else chosen_id
         label = mount_label or ""
         metadata.check_label(label)
@@ -381,26 +382,40 @@ class Store:
             bound_name, bound_id = self._default_image()
         else:
             bound_name, bound_id = self._image_of(image_name, image_id)
-        config = self.image_config(self._images.find(bound_id)) if bound_id else {}
+        document = {"image-name": bound_name, "image-id": bound_id}
+        if name != chosen_id:
+            document["name"] = name
+        if label:
+            document["mountlabel"] = label
+        return self._make_container(Draft(chosen_id, document))
+
+    def copy_container(self, ref: str, new_id: str | None, fill: Callable[[str, str], None]) -> ContainerInfo:
+        """Makes a container of the same image, with the same label and keys of the user's; not started.
+
+        `fill(from, to)` puts more of the one directory into the other before anybody sees the new container;
+        what it raises is raised. Raises NotFound, BadName, Exists.
+        """
+        container_id = self._containers.resolve(ref)
+        draft = self._containers.draft_like(container_id, _new_id(new_id))
+        source = self._layout.container(container_id)
+        return self._make_container(replace(draft, fill=partial(fill, source)))
+
+    def _make_container(self, draft: Draft) -> ContainerInfo:
+        image_id = draft.document["image-id"]
+        config = self.image_config(self._images.find(image_id)) if image_id else {}
 
         def confirm_image() -> None:
-            if bound_id:
-                self._images.find(bound_id)
+            if image_id:
+                self._images.find(image_id)
 
-        draft = Draft(chosen_id, name, bound_name, bound_id, label)
         self._containers.create(draft, confirm_image)
         try:
-            run_dir = self.run_dir(chosen_id)
-            self._mounts.announce(Changed("containers", chosen_id))
+            run_dir = self.run_dir(draft.id)
+            self._mounts.announce(Changed("containers", draft.id))
         except BaseException:
-            self._containers.delete(chosen_id)
+            self._containers.delete(draft.id)
             raise
-        return ContainerInfo(
-            id=chosen_id,
-            dir=self.work_dir(chosen_id),
-            run_dir=run_dir,
-            config=config,
-        )
+        return ContainerInfo(id=draft.id, dir=self.work_dir(draft.id), run_dir=run_dir, config=config)
 
     def delete_container(self, ref: str) -> None:
         """Takes a container away, with all it holds. Raises NotFound; Busy while started or in use.
@@ -597,6 +612,10 @@ class Store:
         with self._workspace.lock():
             self._containers.repair_names(intent.get("names", {}))
             self._images.sweep_locked(intent.get("loose", {}))
+
+
+def _new_id(chosen: str | None) -> str:
+    return parse_container_id(chosen) if chosen else secrets.token_hex(_ID_BYTES)
 
 
 def _require_store(layout: Layout, create: bool) -> bool:

@@ -1,4 +1,4 @@
-"""What leaves a container: diff, export, commit; read back by umoci, buildah and tar, and beside podman's."""
+"""What leaves a container: diff, export, commit, clone; read back by umoci, buildah and tar, as by podman."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from rig.images import NS, Images
-from rig.mounts import Mount
+from rig.mounts import Mount, Place
+from rig.people import as_root
 from rig.requirements import need
 from rig.snapshot import differences, snapshot
 
@@ -384,6 +385,115 @@ def test_export_replaces_nothing_but_a_file_of_that_name(
     result = mounted.sh(inside, container)
     subprocess.run(f"rm -r {mounted.base}/export-*", shell=True, check=True, timeout=30)
     assert result.out.replace(":", "").strip() == left
+
+
+# clone
+
+
+@pytest.fixture
+def cloned(mounted: Mount, changed: str) -> Iterator[str]:
+    """The id of a clone of `changed`."""
+    name = mounted.fusestore("clone", changed).ok().strip()
+    yield name
+    mounted.fusestore("rm", name).ok()
+
+
+@pytest.mark.parametrize("part", ["new", "lower"])
+def test_a_clone_shows_the_tree_of_its_source(mounted: Mount, changed: str, cloned: str, part: str) -> None:
+    first, second = (
+        mounted.person.call(snapshot, mounted.containers / one / "rootfs" / part) for one in (changed, cloned)
+    )
+    assert not differences(first, second)
+    assert mounted.fusestore("diff", cloned).ok() == mounted.fusestore("diff", changed).ok()
+
+
+def test_a_clones_upper_is_its_sources(mounted: Mount, changed: str, cloned: str) -> None:
+    """Whiteouts, opaque markers, redirects, hard links, holes, and all xattrs, as they lie on disk."""
+    first, second = (mounted.store / "containers" / one / "diff" for one in (changed, cloned))
+    # Whiteouts are names of one device, some of them in other directories of the mount's.
+    assert not differences(snapshot(first), snapshot(second), ignore=frozenset(("nlink",)))
+    sizes = [(one / "new/sparse").stat().st_blocks for one in (first, second)]
+    assert sizes[1] <= sizes[0] < 1 << 10
+
+
+@as_root
+def test_a_clone_shares_its_sources_blocks_where_the_file_system_can(place: Place) -> None:
+    script = """
+        cd $1; truncate -s 320M disk; mkfs.xfs -q -m reflink=1 disk; mkdir xfs; mount -o loop disk xfs
+        trap 'fusestore umount mnt; umount xfs' EXIT
+        export FUSESTORE_STORE=$1/xfs/store
+        umoci init --layout image; umoci new --image image:empty
+        fusestore import oci:image:empty > /dev/null; fusestore mount mnt
+        mkdir mnt/containers/a; head -c 1M /dev/urandom > mnt/containers/a/rootfs/large
+        fusestore clone a b > /dev/null
+        filefrag -v xfs/store/containers/b/diff/large
+    """
+    shown = place.person.run("bash", "-ec", script, "bash", place.base, env=place.environment).ok()
+    assert "shared" in shown
+
+
+def test_a_clone_and_its_source_are_two(mounted: Mount, changed: str, cloned: str) -> None:
+    mounted.sh("echo more >> containers/$1/rootfs/new/file; rm containers/$1/rootfs/new/link", cloned).ok()
+    assert mounted.sh("cat containers/$1/rootfs/new/file", changed).ok() == "new\n"
+    assert mounted.sh("cat containers/$1/rootfs/new/hard", cloned).ok() == "new\nmore\n"
+    assert mounted.sh("ls containers/$1/rootfs/new | grep link", changed).ok() == "link\n"
+
+
+def test_a_clone_has_the_metadata_of_its_source_but_what_is_its_own(mounted: Mount) -> None:
+    source, copy = mounted.new_id(), mounted.new_id()
+    mounted.fusestore("create", "debian", source, "--name", f"name-of-{source}", "--label", "a:b:c:d").ok()
+    write = "jq '.purpose = [1, \"x\"] | .mounted = true' containers/$1/metadata.json > ../document"
+    mounted.sh(f"{write}; cp ../document containers/$1/metadata.json", source).ok()
+    mounted.sh("touch containers/$1/workdir/of-the-source", source).ok()
+    assert mounted.fusestore("clone", f"name-of-{source}", copy).ok() == f"{copy}\n"
+    first, second = (json.loads(mounted.fusestore("inspect", one).ok()) for one in (source, copy))
+    assert second.pop("created-at") >= first.pop("created-at")
+    assert (first.pop("mounted"), second.pop("mounted")) == (True, False)
+    assert second == {**first, "id": copy, "name": copy}
+    assert first["mountlabel"] == "a:b:c:d" and first["purpose"] == [1, "x"]
+    assert mounted.sh("ls containers/$1/workdir", copy).ok() == ""
+    mounted.fusestore("stop", source).ok()
+    mounted.fusestore("rm", source, copy).ok()
+
+
+def test_a_clone_of_what_nobody_entered_can_still_be_bound(fresh: Mount) -> None:
+    fresh.sh("rm images/default && mkdir containers/bare").ok()
+    fresh.fusestore("clone", "bare", "bare2").ok()
+    fresh.sh('echo \'{"image-name": "busybox"}\' > containers/bare2/metadata.json').ok()
+    assert fresh.sh("ls containers/bare2/rootfs/bin/busybox").code == 0
+
+
+def test_a_clone_is_in_the_mount_at_once(mounted: Mount, container: str) -> None:
+    copy = mounted.new_id()
+    mounted.sh("ls containers/$2 2> /dev/null; fusestore clone $1 $2; ls containers/$2/metadata.json; "
+               "fusestore rm $2", container, copy).ok()  # fmt: skip
+
+
+def test_what_is_written_to_all_the_time_is_not_cloned(mounted: Mount, container: str) -> None:
+    script = """
+    head -c 30M /dev/urandom > containers/$1/rootfs/large
+    while :; do echo x >> containers/$1/rootfs/log; done & writer=$!
+    trap 'kill $writer' EXIT
+    fusestore clone $1 torn
+    """
+    result = mounted.sh(script, container)
+    assert result.code == 1 and "is being written to" in result.err
+    assert mounted.sh("ls containers").ok().split().count("torn") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("no-such",), "no container"),
+        (("{container}", "../x"), "cannot name a container"),
+        (("{container}", "{container}"), "is taken"),
+    ],
+)
+def test_wrong_clones_are_refused(
+    mounted: Mount, container: str, arguments: tuple[str, ...], said: str
+) -> None:
+    result = mounted.fusestore("clone", *(word.format(container=container) for word in arguments))
+    assert result.code == 1 and said in result.err and result.err.count("\n") == 1
 
 
 # podman

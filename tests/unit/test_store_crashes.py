@@ -37,9 +37,14 @@ def prepare(store: Store, one: str) -> None:
     store.create_container("one", container_id="plain")
 
 
+def _add_a_file(_: str, directory: str) -> None:
+    Path(directory, "workdir/more").touch()
+
+
 OPERATIONS: dict[str, Callable[[Store, str], object]] = {
     "create": lambda store, _: store.create_container(container_id="new"),
     "create with a name": lambda store, _: store.create_container(container_id="new", container_name="n"),
+    "copy": lambda store, _: store.copy_container("kept", "new", _add_a_file),
     "delete": lambda store, _: store.delete_container("plain"),
     "delete with a name": lambda store, _: store.delete_container("kept"),
     "change an id": lambda store, _: store.rename_container("plain", "moved"),
