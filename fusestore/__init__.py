@@ -17,6 +17,7 @@ below it (setup.cfg, checked by import-linter)::
     podmanview              /views/podman
     commit                  a container becomes an image         transfer    pull and push
     clone                   a container becomes another
+    reclaim                 what space is used for, and what can be given back
     export                  a container's tree, or its changes, as a tar
     changes                 what a container changed in its image
     drivers                 how a rootfs comes into the tree: union

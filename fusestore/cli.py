@@ -16,7 +16,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["main", "printable"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DAY_S = 24 * 60 * 60
 _SHORT_ID = 12
 """Hex digits of an id in tables; commands take them as well as the whole."""
 
@@ -671,6 +672,45 @@ def _check(places: _Places, repairs: bool) -> int:
     for finding in findings:
         say(finding)
     return 1 if findings else 0
+
+
+@_command
+@click.option("--dry-run", is_flag=True, help="Only say what would be given back.")
+@click.option("--keep", type=click.IntRange(min=0), default=0, metavar="DAYS",
+              help="Leave images that came, and caches that were written, within so many days.")  # fmt: skip
+@_places
+def _gc(places: _Places, dry_run: bool, keep: int) -> None:
+    """Give back what nobody needs, and print it.
+
+    Images without a name that no container is of, what belongs to no image, what was deleted, and, while
+    nothing is mounted, what is kept decompressed. Containers are yours to delete: see rm.
+    """
+    from .reclaim import reclaim
+
+    total = 0
+    with places.open() as store:
+        for item in reclaim(store, keep_s=keep * _DAY_S, is_dry=dry_run):
+            click.echo(f"{item.name}: {_size(item.size)}, {item.why}")
+            total += item.size
+    click.echo(f"{_size(total)} can be given back" if dry_run else f"{_size(total)} given back")
+
+
+@_command
+@_json
+@_places
+def _df(places: _Places, as_json: bool) -> None:
+    """Show what the store's space is used for, and what of it gc gives back."""
+    from .reclaim import usage
+
+    with places.open() as store:
+        found = usage(store)
+    if as_json:
+        _print_json([asdict(part) for part in found])
+        return
+    _print_table(
+        ("WHAT", "COUNT", "SIZE", "RECLAIMABLE"),
+        ((part.what, str(part.count), _size(part.size), _size(part.reclaimable)) for part in found),
+    )
 
 
 def _print_json(value: object) -> None:

@@ -25,7 +25,7 @@ from .layout import Layout, RunLayout
 from .metadata import DOCUMENT_MAX, Document, merge, parse_document, render
 from .names import is_hex_id, parse_container_id
 
-__all__ = ["Container", "Containers", "Draft", "Hold"]
+__all__ = ["Bindings", "Container", "Containers", "Draft", "Hold"]
 
 _RELEASE_S = 0.1
 _PREFIX = re.compile(r"[0-9a-f]{12,63}")
@@ -33,6 +33,10 @@ _PREFIX = re.compile(r"[0-9a-f]{12,63}")
 
 _STORED_MAX = 2 * DOCUMENT_MAX
 """Bytes of a stored document, at most: it is limited as shown."""
+
+
+Bindings = dict[str, tuple[tuple[int, ...], str]]
+"""Of containers, by id: a version of the document, and the id of the image in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +153,21 @@ class Containers:
             raise self._missing(container_id) from None
         return found.st_ino, found.st_mtime_ns, found.st_size, self.is_mounted(container_id)
 
-    def uses_image(self, image_id: str) -> str | None:
-        """The id of a container of this image, if there is one. Reads every document.
+    def uses_image(self, image_id: str, known: Bindings) -> str | None:
+        """The id of a container of this image, if there is one. Reads every document that `known` has not.
 
         One that cannot be read might be the image's: it counts as using it.
         """
         for container_id in self.ids():
             try:
-                if self._stored(container_id)["image-id"] == image_id:
-                    return container_id
+                version = self.version(container_id)
+                if container_id not in known or known[container_id][0] != version:
+                    known[container_id] = version, self._stored(container_id)["image-id"]
             except NotFound:
                 continue
             except StoreDamaged:
+                return container_id
+            if known[container_id][1] == image_id:
                 return container_id
         return None
 

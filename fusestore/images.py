@@ -348,10 +348,23 @@ class Images:
         return self._workspace.intent({"loose": loose}, lambda: self.sweep_locked(loose))
 
     def sweep_locked(self, loose: Loose) -> None:
-        """Discards those parts that no image has. Nothing, if an entry of index.json cannot be understood."""
+        """Discards those parts that no image has."""
+        self._workspace.discard(*self.unreferenced(loose))
+
+    def parts(self) -> Loose:
+        """All that is there, referenced or not."""
+        layout = self._layout
+        return {
+            "blobs": [f"sha256:{name}" for name in os.listdir(layout.blobs) if is_hex_id(name)],
+            "layers": [f"sha256:{name}" for name in os.listdir(layout.layers) if is_hex_id(name)],
+            "images": os.listdir(layout.images),
+        }
+
+    def unreferenced(self, loose: Loose) -> list[str]:
+        """Where those parts are that no image has. None, if an entry of index.json cannot be understood."""
         catalog = self.catalog()
         if any(entry.image_id is None for entry in catalog.entries):
-            return
+            return []
         layout = self._layout
         used = [loose_parts(image) for image in catalog.images.values()]
         blobs = {blob for parts in used for blob in parts["blobs"]}
@@ -359,7 +372,7 @@ class Images:
         diff_ids = {diff_id for parts in used for diff_id in parts["layers"]}
         unused_blobs = [parse_digest(blob) for blob in loose.get("blobs", ()) if blob not in blobs]
         layers = [parse_digest(diff_id) for diff_id in loose.get("layers", ())]
-        self._workspace.discard(
+        return [
             *(
                 layout.image(image_id)
                 for image_id in loose.get("images", ())
@@ -373,7 +386,7 @@ class Images:
                 for blob in unused_blobs
             ),
             *(layout.blob(blob) for blob in unused_blobs),
-        )
+        ]
 
     def make_index_locked(self, names: Mapping[str, str]) -> tuple[int, int]:
         """Writes index.json anew: what is left in it, and the images of which only the blobs are left.

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import metadata, oci
-from .containers import Container, Containers, Draft, Hold
+from .containers import Bindings, Container, Containers, Draft, Hold
 from .durable import Scratch, Workspace, read_file
-from .errors import BadInput, NotFound, StoreDamaged, StoreUnusable
+from .errors import BadInput, Busy, NotFound, StoreDamaged, StoreUnusable
 from .images import Catalog, Entry, Image, Images
 from .importer import Importer, Progress
 from .layerfiles import Layer, LayerFiles, LayerRef
@@ -54,6 +54,7 @@ from .sources import Source, open_source
 from .syscalls import syncfs
 
 __all__ = [
+    "Bindings",
     "Catalog",
     "Container",
     "ContainerInfo",
@@ -279,10 +280,46 @@ class Store:
 
     def delete_image(self, ref: str) -> None:
         """Takes an image away, with what only it used. Raises NotFound; Busy while a container uses it."""
+        self._delete_image(self.image(ref).id, lambda image_id: self._containers.uses_image(image_id, {}))
+
+    def prune_image(self, image_id: str, known: Bindings, *, is_dry: bool = False) -> None:
+        """As `delete_image`, but Busy also while it has a name. `is_dry`: only raises.
+
+        `known`, empty at first, spares later calls what they would read again.
+        """
+
+        def user_of(image_id: str) -> str | None:
+            if self._images.find(image_id).names:
+                raise Busy(f"image {image_id[:12]} has a name: remove that first")
+            return self._containers.uses_image(image_id, known)
+
+        # Once before the lock is taken: that reads the documents.
+        user = user_of(image_id)
+        if user is not None:
+            raise Busy(f"image {image_id[:12]} is used by container {user}: delete that first")
+        if not is_dry:
+            self._delete_image(image_id, user_of)
+
+    def _delete_image(self, image_id: str, user_of: Callable[[str], str | None]) -> None:
         self._leaves_trash = True
-        image_id = self.image(ref).id
-        self._layers.drop(self._images.delete(image_id, self._containers.uses_image))
+        self._layers.drop(self._images.delete(image_id, user_of))
         self._mounts.announce(Changed("images", image_id))
+
+    def unreferenced(self) -> list[str]:
+        """Paths of what belongs to no image."""
+        return self._images.unreferenced(self._images.parts())
+
+    def sweep(self) -> None:
+        """Takes away what belongs to no image."""
+        self._leaves_trash = True
+        parts = self._images.parts()
+        with self._workspace.lock():
+            self._images.sweep_locked(parts)
+
+    def discard_cache(self, diff_id: Digest) -> None:
+        """Takes away what was kept decompressed of a layer. Who has it open keeps that, and its space."""
+        self._leaves_trash = True
+        self._workspace.discard(self._layout.span_cache(diff_id))
 
     def open_layers(self, image: Image) -> list[Layer]:
         """Bottom first; shared with all others who opened them in this process. Keep them while you read.

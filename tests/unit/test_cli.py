@@ -638,3 +638,27 @@ def test_bash_completes(words: str, completions: list[str]) -> None:
 @pytest.mark.parametrize(("shell", "registers"), [("zsh", "compdef"), ("fish", "complete --no-files")])
 def test_other_shells_get_a_completion_script(shell: str, registers: str) -> None:
     assert registers in _shell(f"_FUSESTORE_COMPLETE={shell}_source fusestore")
+
+
+def test_gc_says_what_it_gives_back_and_a_dry_run_the_same(run: Run, stored: str) -> None:
+    with Store.open(os.environ["FUSESTORE_STORE"], os.environ["FUSESTORE_RUN_DIR"]) as opened:
+        for name in opened.image_names():
+            opened.untag(name)
+    line = re.compile(rf"{stored}: [0-9.]+ kB, no name, and no container is of it\n[0-9.]+ kB ")
+    assert run("gc", "--keep", "1").out == "0 bytes given back\n"
+    said = run("gc", "--dry-run")
+    assert line.match(said.out) and said.out.endswith(" can be given back\n")
+    done = run("gc")
+    assert done.out == said.out.replace("can be given back", "given back")
+    assert json.loads(run("images", "--json").out) == []
+
+
+def test_df_says_what_there_is_of_what(run: Run, stored: str) -> None:
+    run("create", "app", "c")
+    found = {part.pop("what"): part for part in json.loads(run("df", "--json").out)}
+    assert list(found) == ["images", "cache", "containers", "trash", "scratch", "quarantine"]
+    assert found["images"]["count"] == found["containers"]["count"] == 1
+    assert found["images"]["size"] > 0 == found["images"]["reclaimable"]
+    header, images, *_ = run("df").out.splitlines()
+    assert header.split() == ["WHAT", "COUNT", "SIZE", "RECLAIMABLE"]
+    assert images.split()[:2] == ["images", "1"]

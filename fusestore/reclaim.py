@@ -1,0 +1,189 @@
+"""What a store's space is used for, and the giving back of what nobody needs. Blocking.
+
+Reclaimable is: an image without a name that no container is of (`podman image prune` decides the same), what
+no image needs, the decompressed cache while nothing is mounted, and the trash. What a dead process left in
+tmp/ went when the store was opened.
+
+Nobody is held up: what there is, is found without the store's lock, and each step takes it for its renames
+alone. What came into use since it was found is passed over.
+
+The rule a maintainer must not break: whether an image is unused is asked once more with the lock held.
+"""
+
+import contextlib
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .errors import Busy, NotFound
+from .images import Image, loose_parts
+from .layout import Layout
+from .nodes import Digest
+from .store import Bindings, Store
+
+__all__ = ["Item", "Usage", "reclaim", "usage"]
+
+_BLOCK = 512
+"""Bytes in the unit of st_blocks (inode(7))."""
+
+_NO_NAME = "no name, and no container is of it"
+_NO_IMAGE = "no image needs it"
+_CACHED = "made again when it is read"
+_DELETED = "deleted, not given back yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Something that can be given back."""
+
+    what: str
+    """The `Usage` it is part of."""
+    name: str
+    size: int
+    """Bytes on disk."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one part of the store takes."""
+
+    what: str
+    count: int
+    size: int
+    """Bytes on disk."""
+    reclaimable: int
+    """Of these."""
+
+
+def usage(store: Store) -> list[Usage]:
+    """Reads all names of the containers' files, so it takes as long as du."""
+    layout = Layout(store.path)
+    caches = sum(_size(path) for _, path in _caches(layout))
+    images = sum(_size(path) for path in (layout.blobs, layout.images, layout.layers)) - caches
+    reclaimable: Counter[str] = Counter()
+    for item in reclaim(store, is_dry=True):
+        reclaimable[item.what] += item.size
+    return [
+        Usage(what, count, size, min(size, reclaimable[what]))
+        for what, count, size in (
+            ("images", len(store.image_ids()), images),
+            ("cache", len(_caches(layout)), caches),
+            ("containers", len(store.container_ids()), _size(layout.containers)),
+            ("trash", _count(layout.trash), _size(layout.trash)),
+            ("scratch", _count(layout.tmp), _size(layout.tmp)),
+            ("quarantine", _count(layout.quarantine), _size(layout.quarantine)),
+        )
+    ]
+
+
+def reclaim(store: Store, *, keep_s: float = 0, is_dry: bool = False) -> Iterator[Item]:
+    """Gives back what can be, each item when it is; if `is_dry` nothing is. Images that came, and caches that
+    were written, less than `keep_s` seconds ago stay.
+    """
+    latest_s = time.time() - keep_s
+    yield from _reclaim_trash(store, is_dry)
+    yield from _reclaim_images(store, latest_s, is_dry)
+    yield from _reclaim_loose(store, is_dry)
+    yield from _reclaim_caches(store, latest_s, is_dry)
+    if not is_dry:
+        store.empty_trash()
+
+
+def _reclaim_trash(store: Store, is_dry: bool) -> Iterator[Item]:
+    """First of all: the rest goes through the trash."""
+    trash = Layout(store.path).trash
+    count, size = _count(trash), _size(trash)
+    if count:
+        if not is_dry:
+            store.empty_trash()
+        yield Item("trash", f"{count} in trash/", size, _DELETED)
+
+
+def _reclaim_images(store: Store, latest_s: float, is_dry: bool) -> Iterator[Item]:
+    layout = Layout(store.path)
+    images = store.images()
+    users = Counter(path for image in images for path in _files(layout, image))
+    known: Bindings = {}
+    for image in images:
+        if image.names or not _is_older(layout.image_record(image.id), latest_s):
+            continue
+        own = [path for path in _files(layout, image) if users[path] == 1]
+        size = sum(map(_size, own))
+        try:
+            store.prune_image(image.id, known, is_dry=is_dry)
+        except (Busy, NotFound):
+            continue
+        users.subtract(_files(layout, image))
+        yield Item("images", image.id, size, _NO_NAME)
+
+
+def _files(layout: Layout, image: Image) -> list[str]:
+    """What the image is made of, but for its layers' caches."""
+    parts = loose_parts(image)
+    return [
+        *(layout.image(image_id) for image_id in parts["images"]),
+        *(layout.blob(Digest(blob)) for blob in parts["blobs"]),
+        *(layout.layer_index(Digest(diff_id)) for diff_id in parts["layers"]),
+        *(layout.seek_table(layer.diff_id, layer.blob) for layer in dict.fromkeys(image.layers)),
+    ]
+
+
+def _reclaim_loose(store: Store, is_dry: bool) -> Iterator[Item]:
+    sizes = {path: _size(path) for path in store.unreferenced() if os.path.lexists(path)}
+    if sizes and not is_dry:
+        store.sweep()
+    for path, size in sizes.items():
+        if is_dry or not os.path.lexists(path):
+            yield Item("images", os.path.relpath(path, store.path), size, _NO_IMAGE)
+
+
+def _reclaim_caches(store: Store, latest_s: float, is_dry: bool) -> Iterator[Item]:
+    """A mount keeps the files open: until it ends their space would stay taken, and their content be lost."""
+    if store.mounts():
+        return
+    loose = set(store.unreferenced())
+    for diff_id, path in _caches(Layout(store.path)):
+        size = _size(path)
+        if size and os.path.dirname(path) not in loose and _is_older(path, latest_s):
+            if not is_dry:
+                store.discard_cache(diff_id)
+            yield Item("cache", os.path.relpath(path, store.path), size, _CACHED)
+
+
+def _caches(layout: Layout) -> list[tuple[Digest, str]]:
+    diff_ids = [Digest(f"sha256:{name}") for name in sorted(os.listdir(layout.layers))]
+    found = [(diff_id, layout.span_cache(diff_id)) for diff_id in diff_ids]
+    return [(diff_id, path) for diff_id, path in found if os.path.lexists(path)]
+
+
+def _is_older(path: str, latest_s: float) -> bool:
+    """Not, if it is not there: who made it new is about to put it back."""
+    try:
+        return os.stat(path).st_mtime <= latest_s
+    except FileNotFoundError:
+        return False
+
+
+def _count(path: str) -> int:
+    return len(os.listdir(path)) if os.path.isdir(path) else 0
+
+
+def _size(path: str) -> int:
+    """Bytes on disk of the file, or of the directory with all that is in it; what is gone is nothing."""
+    total, seen, pending = 0, set(), [path]
+    while pending:
+        one = pending.pop()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = os.lstat(one)
+            if (found.st_dev, found.st_ino) in seen:
+                continue
+            if found.st_nlink > 1:
+                seen.add((found.st_dev, found.st_ino))
+            total += found.st_blocks * _BLOCK
+            if stat.S_ISDIR(found.st_mode):
+                pending += (f"{one}/{name}" for name in os.listdir(one))
+    return total
