@@ -44,7 +44,7 @@ below it (setup.cfg, checked by import-linter)::
     tarwriter               the writer of tars         tarsplit      a tar as podman keeps it
     synthetic               made-up objects of the tree
     inodes                  nodes, lookup counts, handles
-    meter                   requests counted and timed
+    meter, quota            requests counted and timed; what a container takes on disk
     names, acl, syscalls    names checked once; POSIX ACLs; system calls Python lacks
     layout                  THE ON-DISK FORMAT
     nodes, errors           the vocabulary; every exception and its errno

@@ -24,6 +24,7 @@ from .documentfile import DocumentNode
 from .durable import lock_directory
 from .inodes import Branch, Inodes, Node, Steps
 from .layout import Layout
+from .metadata import quota_of
 from .nodes import Attr, Inode
 from .scratchfile import SCRATCH_FILES_MAX, ScratchFile
 from .store import Store
@@ -94,6 +95,7 @@ class ContainerDir(Node):
         "_identity",
         "_label",
         "_parts",
+        "_quota",
         "_removal",
         "_rundir",
         "_version",
@@ -126,6 +128,7 @@ class ContainerDir(Node):
         self._rundir: str | None = None
         self._document: DocumentNode | None = None
         self._label = b""
+        self._quota: int | None = None
         self._version: object = None
         """Of the store's document as it was last read; None if it could not be."""
         self._identity: _Identity | None = None
@@ -172,9 +175,11 @@ class ContainerDir(Node):
             self.take_back()  # who started it could not know of a removal that only this mount does
         if document is not None:
             self._label = document.get("mountlabel", "").encode()
+            self._quota = quota_of(document)
         rootfs = self._parts.get(b"rootfs")
         if rootfs is not None:
             rootfs.label = self._label
+            rootfs.set_quota(self._quota)
         return is_known
 
     def _identify(self, created_at: int | None) -> None:
@@ -283,6 +288,7 @@ class ContainerDir(Node):
             driver = self.around.driver
             if name == b"rootfs":
                 part = driver.container_rootfs(self.id, self, self._label)
+                part.set_quota(self._quota)
             elif name == b"workdir":
                 part = driver.directory(self.around.layout.workdir(self.id), self)
             elif self._rundir is not None:

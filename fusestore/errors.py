@@ -25,6 +25,7 @@
     ├── CrossDevice                   EXDEV
     ├── FileTooLarge                  EFBIG
     ├── NoSpace                       ENOSPC
+    ├── QuotaExceeded                 EDQUOT        what a container may take on disk is taken
     ├── Stale                         ESTALE        the object behind an inode is gone from the store
     ├── RegistryFailed                EREMOTEIO     a registry does not answer, or not as one
     └── StoreError                    EIO           the store itself is missing something or is damaged
@@ -63,6 +64,7 @@ __all__ = [
     "NotFound",
     "NotPermitted",
     "NotSupported",
+    "QuotaExceeded",
     "ReadOnly",
     "RegistryFailed",
     "Running",
@@ -166,6 +168,10 @@ class FileTooLarge(FusestoreError):
 
 class NoSpace(FusestoreError):
     errno = errno.ENOSPC
+
+
+class QuotaExceeded(FusestoreError):
+    errno = errno.EDQUOT
 
 
 class Stale(FusestoreError):

@@ -11,6 +11,10 @@ and is kept, order included (design.md section 2)::
     mountlabel    str   may change; left out: empty; not shown when empty
     mounted       bool  run-time state, never stored; left out: kept
 
+A user's key too, but with a meaning and a type::
+
+    quota         int   bytes that the container's changes may take on disk, at least 1; left out: any number
+
 Shown are the known keys first, in this order, then the user's keys in the user's order.
 
 The rule a maintainer must not break: `is_prefix` is exact. It is False only when no continuation could be
@@ -39,6 +43,7 @@ __all__ = [
     "is_prefix",
     "merge",
     "parse_document",
+    "quota_of",
     "render",
 ]
 
@@ -220,6 +225,14 @@ def _check_types(new: Document) -> None:
     if not isinstance(new.get("mounted", False), bool):
         raise BadDocument("mounted must be true or false")
     check_label(new.get("mountlabel", ""))
+    if "quota" in new and quota_of(new) is None:
+        raise BadDocument("quota must be a whole number of bytes, at least 1: leave it out for none")
+
+
+def quota_of(document: Document) -> int | None:
+    """None where there is none: also where what a store has from before is no number."""
+    quota = document.get("quota")
+    return quota if isinstance(quota, int) and not isinstance(quota, bool) and quota > 0 else None
 
 
 def check_label(label: str) -> None:

@@ -26,6 +26,7 @@ from .blobs import LayerReader
 from .errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
 from .inodes import FOREVER_S, Branch, Caller, Closable, FileHandle, Inodes, Maybe, Node, Steps
 from .nodes import Attr, Extent, Inode, Xattrs
+from .quota import Quota, usage
 from .syscalls import pread_now
 from .union import Lower, Ref, Resolved, over
 from .upper import Upper
@@ -246,18 +247,31 @@ class OpenFile(FileHandle):
             if start < end:
                 yield start, end - start
 
-    def write(self, offset: int, data: bytes) -> int:
+    def write(self, offset: int, data: bytes) -> Maybe[int]:
+        return self._write_counted(offset, data) if self.branch.must_count else self._write(offset, data)
+
+    def _write_counted(self, offset: int, data: bytes) -> Steps[int]:
+        yield from self.branch.prepare()
+        return self._write(offset, data)
+
+    def _write(self, offset: int, data: bytes) -> int:
         """Leaves mtime: with the writeback cache the kernel says what it is, by setattr (fuse-io.rst).
 
         It may say nothing, for a file younger than its clock's tick: then that time stays.
         """
         before = os.fstat(self._fd)
+        quota = self.branch.quota
+        if quota is not None:
+            quota.require_write(before, offset, len(data))
         written = os.pwrite(self._fd, data, offset)
         os.utime(self._fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if quota is not None:
+            quota.changed(before, os.fstat(self._fd))
         return written
 
     def truncate(self, size: int) -> None:
-        os.ftruncate(self._fd, size)
+        with self.branch.charged(self._fd):
+            os.ftruncate(self._fd, size)
 
     def fsync(self, datasync: bool) -> Maybe[None]:
         if self._fd < 0 and self.node.in_upper:
@@ -309,9 +323,12 @@ class Rootfs(Branch):
         "_opened",
         "_opener",
         "_outer",
+        "_quota_limit",
         "_serial",
         "_uses",
         "label",
+        "must_count",
+        "quota",
         "root",
     )
 
@@ -339,6 +356,10 @@ class Rootfs(Branch):
         self._is_detached = False
         self._uses = 0
         self._hold: Closable | None = None
+        self.quota: Quota | None = None
+        """What changes are charged to; None where there is no limit, and while `must_count`."""
+        self._quota_limit: int | None = None
+        self.must_count = False
         self._objects = _NO_OBJECTS
         self._moved = _NONE_MOVED
         """Where directories of the image are that were renamed, by their path in the image."""
@@ -348,16 +369,43 @@ class Rootfs(Branch):
 
     @property
     def ready(self) -> bool:
-        return self._opened is not None
+        return self._opened is not None and not self.must_count
 
     def prepare(self) -> Steps[None]:
         if self._is_detached:
             raise Stale("the container is gone")
-        opened = yield self._opener.open
-        if self._opened is not None or self._is_detached:
-            opened.close()
+        if self._opened is None:
+            opened = yield self._opener.open
+            if self._opened is not None or self._is_detached:
+                opened.close()
+            else:
+                self._take(opened)
+        yield from self._count()
+
+    def set_quota(self, limit: int | None) -> None:
+        """What the changes may take on disk, in bytes; None: any number.
+
+        What they take now is counted before the next request is served.
+        """
+        self._quota_limit = limit
+        if limit is None:
+            self.quota, self.must_count = None, False
+        elif self.quota is not None:
+            self.quota.limit = limit
         else:
-            self._take(opened)
+            self.must_count = True
+
+    def _count(self) -> Steps[None]:
+        if not self.must_count or self._opened is None:
+            return
+        # A descriptor of its own: the tree may be let go meanwhile.
+        root = os.dup(self.root.fd)
+        try:
+            used = yield lambda: usage(root)
+        finally:
+            os.close(root)
+        if self.must_count and self._quota_limit is not None:
+            self.quota, self.must_count = Quota(self._quota_limit, used), False
 
     def open_now(self) -> None:
         """`prepare`, in this thread. Blocking."""
@@ -405,6 +453,7 @@ class Rootfs(Branch):
             self._close_descriptor(thing)
         self.root.fd = -1
         self._descriptors.left(self)
+        self.quota, self.must_count = None, self._quota_limit is not None
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.close()
@@ -420,6 +469,19 @@ class Rootfs(Branch):
         if self._uses == 0:
             self._hold = self._opener.hold()
         self._uses += 1
+
+    @contextlib.contextmanager
+    def charged(self, fd: int) -> Iterator[None]:
+        """Around a change of the upper's object `fd`: what it takes more or less is charged to the quota."""
+        quota = self.quota
+        if quota is None:
+            yield
+            return
+        before = os.fstat(fd)
+        try:
+            yield
+        finally:
+            quota.changed(before, os.fstat(fd))
 
     def end_use(self) -> None:
         self._uses -= 1
@@ -729,6 +791,8 @@ class Rootfs(Branch):
         thing = _object(node)
         thing.links = thing.subdirectories = -1
         if thing is not self.root:
+            if self.quota is not None and thing.is_orphan and thing.fd >= 0:
+                self.quota.removed(os.fstat(thing.fd))
             self._close_descriptor(thing)
         elif not self.in_use and not any(known.lookups for known in self._objects.values()):
             self._release()  # opened again when somebody comes back

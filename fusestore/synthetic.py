@@ -79,6 +79,10 @@ class RootfsBranch(Protocol):
     label: bytes
     """Shown as security.selinux on what carries none; empty for none."""
 
+    def set_quota(self, limit: int | None) -> None:
+        """Bytes that changes may take on disk (fusestore.quota); None for any number."""
+        ...
+
     def detach(self) -> None:
         """Give up all descriptors. Its nodes answer Stale from now on. Idempotent."""
         ...

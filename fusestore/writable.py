@@ -84,7 +84,8 @@ class WritableRootfs(Rootfs):
             self.end_use()
 
     def _open_upper(self, thing: Object, upper_flags: int, caller: Caller) -> FileHandle:
-        opened = self.open_for(thing, upper_flags)
+        with self.charged(self.descriptor(thing)):
+            opened = self.open_for(thing, upper_flags)
         if upper_flags & os.O_TRUNC:
             # Of all that changes a file's content only this comes without a setattr that says so.
             self._lose_privileges(thing, caller)
@@ -158,6 +159,8 @@ class WritableRootfs(Rootfs):
             raise NotFound("no such file or directory")
         if self.resolve(directory, name) is not None:
             raise Exists("file exists")
+        if self.quota is not None:
+            self.quota.require(1)
         self._copy_up_directory(directory)
         return self._upper.find(self.descriptor(directory), name) is not None
 
@@ -184,6 +187,10 @@ class WritableRootfs(Rootfs):
     def _made(self, directory: Object, name: bytes) -> Object:
         child = self.lookup(directory, name)
         self._gained(directory, child)
+        if self.quota is not None:
+            status = os.fstat(self.descriptor(child))
+            if child.format == stat.S_IFDIR or status.st_nlink == 1:
+                self.quota.added(status)
         return child
 
     def _gained(self, directory: Object, thing: Object, count: int = 1) -> None:
@@ -229,7 +236,8 @@ class WritableRootfs(Rootfs):
         upper, fd = self._upper, self.descriptor(thing)
         # To its own size: the kernel, which keeps the times, leaves them (fs/fuse/dir.c, fuse_do_setattr).
         if changes.size is not None and changes.size != os.fstat(fd).st_size:
-            upper.truncate(fd, changes.size)
+            with self.charged(fd):
+                upper.truncate(fd, changes.size)
         if changes.uid is not None or changes.gid is not None:
             upper.chown(
                 fd,
@@ -244,7 +252,13 @@ class WritableRootfs(Rootfs):
     def set_xattr(self, node: Node, name: bytes, value: bytes, caller: Caller) -> Steps[None]:
         thing = _thing(node)
         yield from self.copy_up(thing)
+        if self.quota is not None:
+            self.quota.require(1)
         fd = self.descriptor(thing)
+        with self.charged(fd):
+            self._set_xattr_upper(thing, fd, name, value, caller)
+
+    def _set_xattr_upper(self, thing: Object, fd: int, name: bytes, value: bytes, caller: Caller) -> None:
         if name == acl.ACCESS:
             attr = self.attr(thing)
             self._upper.set_access(fd, value)
@@ -257,7 +271,8 @@ class WritableRootfs(Rootfs):
         thing = _thing(node)
         self.xattr(thing, name)
         yield from self.copy_up(thing)
-        self._upper.remove_xattr(self.descriptor(thing), name)
+        with self.charged(self.descriptor(thing)):
+            self._upper.remove_xattr(self.descriptor(thing), name)
 
     # Removal
 
@@ -295,7 +310,7 @@ class WritableRootfs(Rootfs):
     @contextlib.contextmanager
     def _losing_name(self, thing: Object, directory: Object, name: bytes) -> Iterator[None]:
         """Around the removal of a name: what the kernel knows keeps a descriptor, or has another name."""
-        if thing.in_upper and thing.lookups:
+        if thing.in_upper and (thing.lookups or self.quota is not None):
             self.descriptor(thing)
         lower = thing.stack if thing.format == stat.S_IFDIR else ()
         yield
@@ -308,6 +323,8 @@ class WritableRootfs(Rootfs):
             self._keep_a_name(thing, directory, name)
         if thing.is_orphan:
             self._objects.pop(thing.key, None)
+            if not thing.lookups and thing.fd >= 0 and self.quota is not None:
+                self.quota.removed(os.fstat(thing.fd))  # else when the kernel forgets it
         elif thing.in_upper and thing.parent is not None:
             self._descriptors.used(thing)
 
@@ -442,6 +459,11 @@ class WritableRootfs(Rootfs):
         upper, stack = self._upper, thing.stack
         reader, extents, whole = self.content(thing)
         length = whole if size is None else min(size, whole)
+        content = sum(max(0, min(extent.length, length - extent.offset)) for extent in extents)
+        quota = self.quota
+        if quota is not None:
+            quota.require(content)
+            quota.used += content  # others go on while it is copied
         staged, fd = upper.stage()
         try:
             yield lambda: _copy_content(reader, extents, length, fd)
@@ -457,6 +479,8 @@ class WritableRootfs(Rootfs):
                 places = self.places(thing)
                 self._enter_upper(thing, places, lambda at, name: upper.publish(staged, at, name))
         finally:
+            if quota is not None:
+                quota.used -= content
             os.close(fd)
             with contextlib.suppress(FileNotFoundError):  # where it was published
                 upper.unstage(staged)
@@ -464,6 +488,8 @@ class WritableRootfs(Rootfs):
     def _keep_orphan(self, thing: Object, fd: int) -> None:
         """`fd`, an object of the upper without a name, is what `thing` is from now on."""
         thing.fd, thing.in_upper, thing.stack = fd, True, ()
+        if self.quota is not None:
+            self.quota.added(os.fstat(fd))
 
     def _copied(self, thing: Object) -> tuple[Attr, Xattrs, bytes | None]:
         """Of a lower object what a copy of it has, but for content: attributes, xattrs, a link's target."""
@@ -525,7 +551,10 @@ class WritableRootfs(Rootfs):
             raise
         self._upper.set_origin(fd, thing.stack[0])
         self._objects.pop(thing.key, None)
-        thing.key = os.fstat(fd).st_ino
+        status = os.fstat(fd)
+        if self.quota is not None:
+            self.quota.added(status)
+        thing.key = status.st_ino
         self._objects[thing.key] = thing
         thing.in_upper, thing.fd = True, fd
         self._inodes.outdate(thing)

@@ -31,6 +31,7 @@ class FakeRootfs(Branch):
         self.file = Node(self, inodes.number())
         self.content = content.encode()
         self.label = label
+        self.quota: int | None = None
         self.attached = False
         self.is_detached = False
         self.handles = 0
@@ -45,6 +46,9 @@ class FakeRootfs(Branch):
             raise Stale("detached")
         yield lambda: None
         self.attached = True
+
+    def set_quota(self, limit: int | None) -> None:
+        self.quota = limit
 
     @property
     def in_use(self) -> bool:

@@ -1,0 +1,112 @@
+"""What a container's changes take on disk, and may take: the key `quota` of its metadata. Blocking.
+
+Counted are the blocks of what is in the upper directory, hard links once: all of it when the container is
+opened, from then on what each change adds or takes away. What was removed counts until nobody has it open.
+Not counted are inodes, which file systems keep apart from blocks, and what others do to the directory behind
+the mount, until it is opened the next time.
+"""
+
+import contextlib
+import os
+import stat
+
+from .errors import QuotaExceeded
+
+__all__ = ["Quota", "usage"]
+
+_BLOCK = 512
+"""The unit of st_blocks, in bytes."""
+_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PAGE = 4096
+"""What file systems give out at once, at least."""
+
+
+class Quota:
+    """One container's. Touched by the event loop's thread only."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int, used: int) -> None:
+        """Both in bytes."""
+        self.limit = limit
+        self.used = used
+
+    def require(self, more: int) -> None:
+        """Raises QuotaExceeded where `more` bytes do not fit."""
+        if self.used + more > self.limit:
+            raise QuotaExceeded(
+                "the container's quota is reached: remove files, or raise it in metadata.json"
+            )
+
+    def require_write(self, status: os.stat_result, offset: int, size: int) -> None:
+        """Raises QuotaExceeded where a write to the file `status` is of does not fit.
+
+        What has its blocks can be written at any time; of a file with holes what they could take
+        counts.
+        """
+        whole = -(-max(status.st_size, offset + size) // _PAGE) * _PAGE
+        touched = (-(-(offset + size) // _PAGE) - offset // _PAGE) * _PAGE
+        more = min(touched, whole - status.st_blocks * _BLOCK)
+        if more > 0:
+            self.require(more)
+
+    def changed(self, before: os.stat_result, after: os.stat_result) -> None:
+        """An object of the upper was `before`, and is `after`."""
+        self.used += (after.st_blocks - before.st_blocks) * _BLOCK
+
+    def added(self, status: os.stat_result) -> None:
+        self.used += status.st_blocks * _BLOCK
+
+    def removed(self, status: os.stat_result) -> None:
+        self.used -= status.st_blocks * _BLOCK
+
+
+def usage(root: int) -> int:
+    """Bytes that the directory `root` and all below it take.
+
+    It takes as long as there are names, and a descriptor for each level.
+    """
+    count = _Count()
+    count.blocks = os.fstat(root).st_blocks
+    chain: list[tuple[int, list[str]]] = []
+    try:
+        below: int | None = os.open(".", _FLAGS, dir_fd=root)
+        while below is not None or chain:
+            if below is not None:
+                chain.append((below, []))
+                chain[-1][1].extend(count.listing(below))
+            directory, names = chain[-1]
+            below = None
+            if names:
+                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                    below = os.open(names.pop(), _FLAGS, dir_fd=directory)
+            else:
+                os.close(chain.pop()[0])
+        return count.blocks * _BLOCK
+    finally:
+        for directory, _ in chain:
+            os.close(directory)
+
+
+class _Count:
+    def __init__(self) -> None:
+        self.blocks = 0
+        self._linked: set[int] = set()
+
+    def listing(self, directory: int) -> list[str]:
+        """Counts what is in `directory`; the names of the directories among it."""
+        directories = []
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    directories.append(entry.name)
+                elif status.st_nlink > 1:
+                    if status.st_ino in self._linked:
+                        continue
+                    self._linked.add(status.st_ino)
+                self.blocks += status.st_blocks
+        return directories
