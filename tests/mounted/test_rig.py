@@ -1,6 +1,7 @@
 """What the rig does when tests hang or are killed: nothing of them is left to those that follow."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,19 @@ def test_what_a_killed_test_process_left_is_swept(person: Person, images: Images
     assert not mount.is_mounted()
     assert not left.exists()
     (area / "swept").rmdir()
+
+
+def test_several_sweep_at_once(tmp_path: Path) -> None:
+    """As the workers of one run do when it starts."""
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(20):
+            left = make_area(str(tmp_path))
+            for number in range(20):
+                (left / str(number)).mkdir()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    with ThreadPoolExecutor(4) as pool:
+        for swept in [pool.submit(sweep, str(tmp_path)) for _ in range(4)]:
+            swept.result()
+    assert list(tmp_path.iterdir()) == []

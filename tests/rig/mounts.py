@@ -172,10 +172,18 @@ def make_area(parent: str) -> Path:
 def sweep(parent: str) -> None:
     """Takes away what test processes that were killed left in `parent`, mounts and daemons too."""
     for area in Path(parent).glob(f"{_AREA}*-*"):
-        owner = area.name.removeprefix(_AREA).partition("-")[0]
-        if not owner.isdecimal() or Path("/proc", owner).exists() or area.stat().st_uid != os.geteuid():
+        name = area.name.removeprefix(_AREA)
+        owner = name.partition("-")[0]
+        if not owner.isdecimal() or Path("/proc", owner).exists():
             continue
         inside = f"{area}/".encode()
+        try:
+            if area.stat().st_uid != os.geteuid():
+                continue
+            # Others sweep too: whoever has renamed it takes it away.
+            area = area.rename(area.with_name(f"{_AREA}{os.getpid()}-{name}"))
+        except FileNotFoundError:
+            continue
         for pid, words in _command_lines():
             if b"mount" in words and any(word.startswith(inside) for word in words):
                 os.kill(pid, signal.SIGKILL)
