@@ -25,6 +25,7 @@ if [ "${1-}" = dev ]; then
         libarchive-tools
         libcap2-bin
         mmdebstrap
+        openssl
         pigz
         podman
         runc

@@ -61,7 +61,7 @@ class Registry:
     def manifest(self, expected: Digest | None = None) -> tuple[bytes, str]:
         """The manifest or index that the reference means, or the one of a digest; and its media type.
 
-        Raises NotFound.
+        That is "" where it is said to be of no type that a manifest has. Raises NotFound.
         """
         target = expected or self.reference.target
         try:
@@ -90,7 +90,8 @@ class Registry:
             wanted = expected or (said if said.startswith("sha256:") else None)
             if wanted is not None and oci.digest_of(data) != wanted:
                 raise Transient(f"sends something else than {wanted}")
-            return data, response.headers.get("content-type", "").partition(";")[0].strip()
+            media_type = response.headers.get("content-type", "").partition(";")[0].strip()
+            return data, media_type if media_type in oci.ACCEPTED_TYPES else ""
 
         return self.transport.again(fetch)
 
@@ -214,8 +215,7 @@ class BlobReader:
         """Empty: it was skipped."""
         if self._response is None:
             self._response = self._connect()
-        with self._registry.transport.reading(self._response):
-            data = read_some(self._response, size)
+        data = read_some(self._response, size)
         skipped = min(self._skip, len(data))
         self._skip -= skipped
         if self._offset + len(data) - skipped > self._size:

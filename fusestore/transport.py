@@ -19,9 +19,11 @@ import json
 import logging
 import random
 import re
+import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from urllib.parse import unquote, urlencode, urljoin, urlsplit
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
@@ -77,6 +80,8 @@ class Patience:
     """Also the longest Retry-After that is waited for."""
     stall_s: float = 30
     """Without a byte, until a connection is given up."""
+    stored_s: float = 600
+    """Until the answer to an upload: some registries copy it first."""
 
 
 class Transient(Exception):
@@ -154,7 +159,7 @@ class Transport:
         """Of the origin and the authorizations."""
         self._origin = ""
         self._authorizations: dict[tuple[str, ...], str] = {}
-        self._open: set[Response] = set()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._stopped = threading.Event()
 
     def close(self) -> None:
@@ -165,9 +170,9 @@ class Transport:
     def interrupt(self) -> None:
         """Has everything that waits in other threads fail soon. There is no way back."""
         self._stopped.set()
-        for response in tuple(self._open):
-            with contextlib.suppress(RuntimeError, ValueError, OSError):
-                response.shutdown()
+        for connected in tuple(self._sockets):
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
     def tries(self) -> Tries:
         return Tries(self.name, self._patience, self._stopped)
@@ -193,7 +198,7 @@ class Transport:
         headers: Mapping[str, str],
         body: bytes | Upload | None = None,
     ) -> Response:
-        """One request, answered with success; its body is still to be read (`reading`) or dropped.
+        """One request, answered with success; its body is still to be read or dropped.
 
         `scopes`: the rights that it needs, in the words of distribution's token specification. Raises
         Transient, NotFound for 404, AccessDenied for 401 and 403, RegistryFailed.
@@ -209,22 +214,11 @@ class Transport:
             raise self._refusal(response)
         return response
 
-    @contextlib.contextmanager
-    def reading(self, response: Response) -> Iterator[None]:
-        """While something of a body is read, which `interrupt` then ends."""
-        self._open.add(response)
-        try:
-            if self._stopped.is_set():
-                raise RegistryFailed("interrupted")
-            yield
-        finally:
-            self._open.discard(response)
-
     def read(self, response: Response, limit: int) -> bytes:
         """The whole body, which is closed. Raises Transient; RegistryFailed where it is longer."""
         pieces, left = [], limit
         # With nothing left to read the connection is in the pool again, and not closed.
-        with contextlib.closing(response), self.reading(response):
+        with contextlib.closing(response):
             try:
                 while data := response.read1(_READ):
                     left -= len(data)
@@ -271,18 +265,23 @@ class Transport:
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | Upload | None = None
     ) -> Response:
         self._require_safe(url)
+        if self._stopped.is_set():
+            raise RegistryFailed("interrupted")
         sent = {"User-Agent": "fusestore", "Accept-Encoding": "identity", **headers}
         with contextlib.ExitStack() as stack:
             content: bytes | _Body | None
+            wait_s = self._patience.stall_s
             if isinstance(body, Upload):
                 content = stack.enter_context(body.open())
                 sent["Content-Length"] = str(body.size)
+                wait_s = self._patience.stored_s
             else:
                 content = body
             try:
                 return self._pools_for(url).request(
                     method, url, body=content, headers=sent,  # type: ignore[arg-type]
                     redirect=False, preload_content=False, decode_content=False,
+                    timeout=urllib3.Timeout(connect=_CONNECT_S, read=wait_s),
                 )  # fmt: skip
             except ProxySchemeUnknown:
                 raise RegistryFailed("https_proxy or http_proxy names no proxy: mend or unset it") from None
@@ -303,8 +302,7 @@ class Transport:
             proxy = ""
         if proxy in self._pools:
             return self._pools[proxy]
-        timeout = urllib3.Timeout(connect=_CONNECT_S, read=self._patience.stall_s)
-        return self._pools.setdefault(proxy, _make_pools(proxy, timeout))
+        return self._pools.setdefault(proxy, _make_pools(proxy, self._sockets))
 
     def _require_safe(self, url: str) -> None:
         """Refuses what would cross a network in the open."""
@@ -415,14 +413,35 @@ def read_some(response: Response, size: int) -> bytes:
     return data
 
 
-def _make_pools(proxy: str, timeout: urllib3.Timeout) -> urllib3.PoolManager:
-    if not proxy:
-        return urllib3.PoolManager(maxsize=_CONNECTIONS, retries=False, blocksize=_READ, timeout=timeout)
-    user, at, _ = urlsplit(proxy).netloc.rpartition("@")
-    headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if at else None
-    return urllib3.ProxyManager(
-        proxy, maxsize=_CONNECTIONS, retries=False, blocksize=_READ, timeout=timeout, proxy_headers=headers
-    )
+def _make_pools(proxy: str, sockets: "weakref.WeakSet[socket.socket]") -> urllib3.PoolManager:
+    """Pools whose connections add themselves to `sockets`: what urllib3 can end is only an answer's body."""
+
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.add(self.sock)
+
+    class TLS(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.add(self.sock)
+
+    class PlainPool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class TLSPool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = TLS
+
+    if proxy:
+        user, at, _ = urlsplit(proxy).netloc.rpartition("@")
+        headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if at else None
+        pools: urllib3.PoolManager = urllib3.ProxyManager(
+            proxy, maxsize=_CONNECTIONS, retries=False, proxy_headers=headers
+        )
+    else:
+        pools = urllib3.PoolManager(maxsize=_CONNECTIONS, retries=False)
+    pools.pool_classes_by_scheme = {"http": PlainPool, "https": TLSPool}
+    return pools
 
 
 def _basic(credentials: Credentials) -> str:

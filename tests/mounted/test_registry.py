@@ -16,7 +16,17 @@ import pytest
 from rig.images import Images
 from rig.mounts import Mount, Place, wait_until
 from rig.people import Person
-from rig.registries import PASSWORD, USER, Answer, DockerRegistry, Fault, Proxy, proxy_of, skopeo
+from rig.registries import (
+    PASSWORD,
+    USER,
+    Answer,
+    DockerRegistry,
+    Fault,
+    Proxy,
+    docker_registry,
+    proxy_of,
+    skopeo,
+)
 from rig.requirements import need
 from rig.snapshot import differences, snapshot
 from rig.tinyimages import make_layout
@@ -152,6 +162,25 @@ def test_a_registry_elsewhere_is_not_asked_without_tls(
     # This machine's are not.
     run("fusestore", "pull", corners, env=env).ok()
     assert proxy.hosts == {"registry.example"}
+
+
+def test_a_registry_with_tls(place: Place, area: Path) -> None:
+    """On this machine too its certificate has to be believed, if it has one."""
+    name = f"tls-{place.person.name}"
+    with docker_registry(area / name, has_tls=True) as running:
+        image = f"{running.name}/app"
+        place.fusestore("import", _tiny(place, "tls")).ok()
+        result = place.fusestore("push", "app", image)
+        assert result.code == 1
+        _fails(
+            result.err, f"the certificate of {running.name} is not believed: have its authority's installed"
+        )
+        env = {**place.environment, "SSL_CERT_FILE": f"{area}/{name}/certificate"}
+        place.person.run("fusestore", "push", "app", image, env=env).ok()
+        place.person.run("fusestore", "pull", image, env=env).ok()
+        result = place.person.run("fusestore", "pull", image, "--plain-http", env=env)
+        assert result.code == 1
+        _fails(result.err, "answers 400")
 
 
 # Several platforms
@@ -413,3 +442,28 @@ def test_a_pull_that_is_ended_keeps_nothing(
     place.fusestore("pull", name).ok()
     assert os.listdir(place.store / "tmp") == []
     assert place.fusestore("check").ok() == ""
+
+
+@pytest.mark.parametrize("command", ["pull", "push"])
+def test_ctrl_c_ends_what_waits_for_an_answer(place: Place, stalled: tuple[str, Proxy], command: str) -> None:
+    """Not after the half minute, or the ten, that an answer may take: threads that wait are woken."""
+    name, proxy = stalled
+    fault = Fault("^GET .*/blobs/|^PUT .*/uploads/", lambda _: proxy.released.wait(60) and None)
+    if command == "push":
+        place.fusestore("import", _tiny(place, "waits")).ok()
+        arguments = ["push", "app", _new_name(proxy)]
+    else:
+        arguments = ["pull", name]
+        fault.where = "^GET .*/blobs/sha256:" + _big_layer(place)
+    proxy.faults = [fault]
+    with _start(place.person, place, "fusestore", *arguments) as process:
+        wait_until(lambda: fault.done > 0)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert (process.returncode, err.strip()) == (130, "fusestore: interrupted")
+
+
+def _big_layer(place: Place) -> str:
+    blobs = (place.base / "big/blobs/sha256").iterdir()
+    (found,) = (path.name for path in blobs if path.stat().st_size > 1 << 20)
+    return found

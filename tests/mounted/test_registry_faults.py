@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from rig.mounts import wait_until
-from rig.registries import PASSWORD, USER, Answer, DockerRegistry, Fault, Proxy, proxy_of
+from rig.registries import IDENTITY_TOKEN, PASSWORD, USER, Answer, DockerRegistry, Fault, Proxy, proxy_of
 from rig.stores import open_at
 from rig.tinyimages import make_layout
 
@@ -305,6 +305,15 @@ def test_nobody_listens(store: Store, proxy: Proxy) -> None:
         pull(store, "127.0.0.1:1/app", options=RegistryOptions(patience=QUICK))
 
 
+def test_how_often_is_tried_if_nothing_else_is_said(store: Store, proxy: Proxy) -> None:
+    proxy.faults = [Fault(MANIFESTS, _status(502))]
+    with pytest.raises(
+        RegistryFailed, match="answers 502 TOOMANYREQUESTS, 5 times in a row: try again later"
+    ):
+        pull(store, f"{proxy.name}/faults/app:1")
+    assert len(proxy.requests(MANIFESTS)) == 5
+
+
 # Rights
 
 LOGIN = Credentials(USER, PASSWORD)
@@ -322,7 +331,17 @@ def test_tokens_for_who_logged_in(store: Store, proxy: Proxy, pushed: Pushed) ->
     assert all("Basic" not in seen.headers.get("Authorization", "") for seen in proxy.requests("/v2/"))
 
 
-@pytest.mark.parametrize("credentials", [None, Credentials(USER, "another-secret")])
+def test_tokens_for_an_identity_token(store: Store, proxy: Proxy, pushed: Pushed) -> None:
+    proxy.wants_tokens, proxy.allows_anonymous = True, False
+    credentials = Credentials("", identity_token=IDENTITY_TOKEN)
+    assert _pull(store, proxy, credentials=lambda _: credentials).id == pushed.id
+    assert proxy.scopes == ["repository:faults/app:pull"]
+
+
+@pytest.mark.parametrize(
+    "credentials",
+    [None, Credentials(USER, "another-secret"), Credentials("", identity_token="another-secret")],
+)
 def test_no_tokens_for_others(store: Store, proxy: Proxy, credentials: Credentials | None) -> None:
     proxy.wants_tokens, proxy.allows_anonymous = True, False
     with pytest.raises(

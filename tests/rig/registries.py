@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +24,24 @@ from urllib.parse import parse_qs, urlsplit
 from rig.mounts import wait_until
 
 __all__ = [
-    "PASSWORD", "TOOLS", "USER", "Answer", "DockerRegistry", "Fault", "Proxy", "docker_registry", "proxy_of",
+    "IDENTITY_TOKEN",
+    "PASSWORD",
+    "TOOLS",
+    "USER",
+    "Answer",
+    "DockerRegistry",
+    "Fault",
+    "Proxy",
+    "docker_registry",
+    "proxy_of",
     "skopeo",
-]  # fmt: skip
+]
 
-TOOLS = ("docker-registry", "skopeo")
+TOOLS = ("docker-registry", "openssl", "skopeo")
 
 USER, PASSWORD = "someone", "s3cret-pass"
+IDENTITY_TOKEN = "s3cret-pass-as-token"
+"""What some registries give at log-in, to be kept instead of the password."""
 _HASHED = "$2b$05$abcdefghijklmnopqrstuuV7fpPozvyqJfnY19y0802WTlXUm6Rjy"
 """PASSWORD, as htpasswd -B would write it."""
 
@@ -56,15 +68,20 @@ def skopeo(*arguments: str) -> str:
 
 
 @contextmanager
-def docker_registry(base: Path, *, wants_password: bool = False) -> Iterator[DockerRegistry]:
-    """One on a free port, empty at first."""
+def docker_registry(
+    base: Path, *, wants_password: bool = False, has_tls: bool = False
+) -> Iterator[DockerRegistry]:
+    """One on a free port, empty at first. `has_tls`: with a certificate of its own, `base`/certificate."""
     base.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    tls = f", tls: {{certificate: {base}/certificate, key: {base}/key}}" if has_tls else ""
     config = (
         "version: 0.1\nlog: {level: warn}\n"
-        f"storage: {{filesystem: {{rootdirectory: {base}/data}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {base}/data}}}}\nhttp: {{addr: '127.0.0.1:{port}'{tls}}}\n"
     )
+    if has_tls:
+        _make_certificate(base)
     if wants_password:
         (base / "htpasswd").write_text(f"{USER}:{_HASHED}\n")
         config += f"auth: {{htpasswd: {{realm: test, path: {base}/htpasswd}}}}\n"
@@ -84,6 +101,12 @@ def docker_registry(base: Path, *, wants_password: bool = False) -> Iterator[Doc
             yield DockerRegistry(port)
         finally:
             process.terminate()
+
+
+def _make_certificate(base: Path) -> None:
+    options = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+    command = ["openssl", *options.split(), "-keyout", base / "key", "-out", base / "certificate"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def _answers(port: int) -> bool:
@@ -173,10 +196,12 @@ class Proxy:
 
     def give_token(self, authorization: str, query: str) -> tuple[int, bytes]:
         pair = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        if authorization != f"Basic {pair}" and (authorization or not self.allows_anonymous):
+        fields = parse_qs(query)
+        knows = authorization == f"Basic {pair}" or fields.get("refresh_token") == [IDENTITY_TOKEN]
+        if not knows and (authorization or "refresh_token" in fields or not self.allows_anonymous):
             return 401, b'{"errors":[{"code":"UNAUTHORIZED"}]}'
         with self.lock:
-            self.scopes.append(" ".join(sorted(parse_qs(query).get("scope", []))))
+            self.scopes.append(" ".join(sorted(fields.get("scope", []))))
             token = f"t0ken-{len(self._tokens)}"
             self._tokens[token] = self.token_lives
         return 200, json.dumps({"token": token}).encode()
@@ -199,7 +224,8 @@ def proxy_of(upstream: int, *, host: str = "127.0.0.1") -> Iterator[Proxy]:
                 proxy.hosts.add(url.netloc)
                 self.path = self.path.partition(url.netloc)[2]
             if url.path == "/token":
-                status, data = proxy.give_token(self.headers.get("Authorization", ""), url.query)
+                form = body.decode() if self.command == "POST" else url.query
+                status, data = proxy.give_token(self.headers.get("Authorization", ""), form)
                 return self._answer(Answer(status, {"Content-Type": "application/json"}, data))
             if proxy.wants_tokens and not proxy.accepts(self.headers.get("Authorization", "")):
                 return self._answer(Answer(401, {"WWW-Authenticate": proxy.challenge()}, b""))
@@ -269,7 +295,12 @@ def proxy_of(upstream: int, *, host: str = "127.0.0.1") -> Iterator[Proxy]:
                 proxy.released.wait(60)
             return end
 
-    server = ThreadingHTTPServer((host, 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            if not isinstance(sys.exc_info()[1], OSError):  # as when the other side goes away
+                super().handle_error(request, client_address)
+
+    server = Server((host, 0), Handler)
     proxy = Proxy(server.server_address[1])
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
