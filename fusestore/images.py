@@ -128,15 +128,24 @@ class Images:
             if not isinstance(listed, list):
                 raise BadSource("manifests is no list")
         except (OSError, BadSource) as error:
-            if not is_damage(error):
-                raise
-            reason = f"{path} is damaged ({error})"
-            raise StoreDamaged(
-                f"{reason}: run `fusestore check --repair`, or restore it from a backup"
-            ) from error
+            raise self._of_index(error) from error
         catalog = self._understand(document, listed)
         self._cached = key, catalog
         return catalog
+
+    def changed_ns(self) -> int:
+        """When index.json was written, in ns since 1970. Raises StoreDamaged."""
+        try:
+            return os.stat(self._layout.index).st_mtime_ns
+        except OSError as error:
+            raise self._of_index(error) from error
+
+    def _of_index(self, error: OSError | BadSource) -> OSError | StoreDamaged:
+        """What to raise for an error in reading index.json."""
+        if isinstance(error, OSError) and not is_damage(error):
+            return error
+        reason = f"{self._layout.index} is damaged ({error})"
+        return StoreDamaged(f"{reason}: run `fusestore check --repair`, or restore it from a backup")
 
     def forget(self) -> None:
         """Has all be read again: what `catalog` takes for unchangeable was repaired."""

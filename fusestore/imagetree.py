@@ -394,7 +394,7 @@ class ImageTree(Branch):
             return owner.directory(node.mtime_ns, 4, 0o755)
         if isinstance(node, _Inner):
             return self._inner_attr(node)
-        mtime_ns = os.stat(self._store.index_path).st_mtime_ns
+        mtime_ns = self._store.images_changed_ns()
         if isinstance(node, NameLink):
             return owner.link(node.target, mtime_ns)
         return owner.directory(mtime_ns, MANY_LINKS)

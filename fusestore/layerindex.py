@@ -557,4 +557,6 @@ def _all_ints(value: Any) -> list[int]:
 
 
 def _damaged(what: str) -> StoreDamaged:
-    return StoreDamaged(f"layer index is damaged ({what}): delete it, it is made again from the blob")
+    return StoreDamaged(
+        f"layer index is damaged ({what}): unmount, then `fusestore check --repair` makes it again"
+    )

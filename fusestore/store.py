@@ -202,6 +202,10 @@ class Store:
 
     # Images
 
+    def images_changed_ns(self) -> int:
+        """When an image or a name of one came or went last. Raises StoreDamaged."""
+        return self._images.changed_ns()
+
     def images(self) -> list[Image]:
         """In the order in which they came."""
         return list(self._images.catalog().images.values())

@@ -3,11 +3,17 @@
 import errno
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rig.damage import DAMAGE, PLAIN_DAMAGE
 from rig.images import Images
 from rig.mounts import Mount
+from rig.ocisources import SourceMaker, tar_of
+from rig.people import Person, as_user
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
@@ -106,3 +112,103 @@ def test_what_is_damaged_is_listed_with_its_neighbours(unmounted: Mount) -> None
     unmounted.sh("ls containers/a/rootfs").fails_with(errno.EIO)
     _log_names(unmounted, blob)
     unmounted.sh("rm -r containers/a && mkdir containers/a").ok()
+
+
+# Each kind of damage: what it touches, and what a repair makes of it
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """`script` fails with EIO, and the log then has a line that names `remedy`; "": nothing is touched."""
+
+    script: str = ""
+    remedy: str = ""
+    is_all: bool = False
+    """Images as such, so that no container of any has a rootfs."""
+
+
+_LAYER = Touched("cat containers/c/rootfs/etc/passwd", "import the image again")
+_INDEX = Touched("ls images", "run `fusestore check --repair`", is_all=True)
+_DOCUMENT = Touched("cat containers/c/metadata.json", "save what you need from diff/ beside it")
+_RECORD = Touched("stat containers/c/rootfs/f", "unmount, then check --repair")
+
+TOUCHED: dict[str, Touched] = {
+    "layer changed": _LAYER,
+    "layer missing": _LAYER,
+    "layer truncated": _LAYER,
+    "layers swapped": _LAYER,
+    "config changed": Touched("cat images/x:1/config.json", "import the image again"),
+    "config missing": Touched("cat images/x:1/config.json", "import the image again"),
+    "manifest changed": Touched("cat images/x:1/manifest.json", "import the image again"),
+    "manifest missing": Touched("cat images/x:1/manifest.json", "import the image again"),
+    "index of another layer": Touched(),
+    "index changed": Touched("ls containers/c/rootfs", "check --repair` makes it again"),
+    "index truncated": Touched(),
+    "seek table changed": Touched(),
+    "all derived files changed": Touched(),
+    "record of an image changed": Touched(),
+    "index.json cut short": _INDEX,
+    "index.json missing": _INDEX,
+    "bad entry in index.json": Touched(),
+    "entry without blobs": Touched(),
+    "document damaged": _DOCUMENT,
+    "document missing": _DOCUMENT,
+    "file in a container": Touched(),
+    "file among the containers": Touched(),
+    "record b'x:0:0:0' of a file": _RECORD,
+    "record b'40755:0:0:0' of a file": _RECORD,
+}
+
+
+@pytest.fixture
+def two_images(person: Person, area: Path) -> Iterator[Mount]:
+    """A store with what `rig.damage` wants, and beside it another image with the container "other"."""
+    base = Path(tempfile.mkdtemp(prefix="own-", dir=area))
+    base.rmdir()
+    mount = Mount(person, base)
+    source = SourceMaker()
+    tars = [tar_of({"etc/passwd": b"root" * 500}), tar_of({"app": b"1"}, {"link": "app"})]
+    source.add(source.image(tars), "x:1").add(source.image([tar_of({"theirs": b"theirs\n"})]), "y:1")
+    layout = source.directory(mount.base / "source")
+    try:
+        for name in ("x:1", "y:1"):
+            mount.fusestore("import", f"{layout}:{name}").ok()
+        mount.fusestore("create", "x:1", "c", "--name", "db").ok()
+        mount.fusestore("create", "y:1", "other").ok()
+        mount.mount()
+        mount.sh("echo f > containers/c/rootfs/f; echo own > containers/other/rootfs/own").ok()
+        mount.umount()
+        yield mount
+    finally:
+        mount.close()
+
+
+def _require_rest(mount: Mount, touched: Touched) -> None:
+    assert json.loads(mount.sh("cat containers/other/metadata.json").ok())["id"] == "other"
+    mount.sh("touch containers/other/workdir/w && cat containers/other/workdir/w").ok()
+    if not touched.is_all:
+        assert mount.sh("cd containers/other/rootfs && cat theirs own").ok() == "theirs\nown\n"
+        assert mount.sh("cat images/y:1/rootfs/theirs").ok() == "theirs\n"
+        mount.fusestore("create", "y:1", "new").ok()
+        mount.sh("cat containers/new/rootfs/theirs && rmdir containers/new").ok()
+
+
+@as_user
+@pytest.mark.parametrize("kind", TOUCHED)
+def test_only_what_is_touched_fails(two_images: Mount, kind: str) -> None:
+    mount, damage, touched = two_images, (DAMAGE | PLAIN_DAMAGE)[kind], TOUCHED[kind]
+    mount.person.call(damage.do, mount.store)
+    found = mount.fusestore("check")
+    assert found.code == 1
+    assert any(damage.problem in line and damage.remedy in line for line in found.out.splitlines())
+    mount.expect(".*")
+    mount.mount()
+    if touched.script:
+        mount.sh(touched.script).fails_with(errno.EIO)
+        assert touched.remedy in mount.log()
+    _require_rest(mount, touched)
+    assert "unmount it, then repair" in mount.fusestore("check", "--repair").err
+    mount.umount()
+    assert mount.fusestore("check", "--repair").code == (1 if damage.left else 0)
+    mount.mount()
+    _require_rest(mount, Touched())

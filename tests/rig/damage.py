@@ -82,6 +82,12 @@ def replace_text(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def _of_layers(store: Path, pattern: str, do: Callable[[Path], object]) -> None:
+    """To the derived files of the first image's layers."""
+    for diff_id in _read(_config(store))["rootfs"]["diff_ids"]:
+        _each(store, f"layers/{diff_id.removeprefix('sha256:')}/{pattern}", do)
+
+
 def _swap_layers(store: Path) -> None:
     first, second = layer_blobs(store)[:2]
     data = first.read_bytes()
@@ -90,7 +96,10 @@ def _swap_layers(store: Path) -> None:
 
 
 def _swap_indexes(store: Path) -> None:
-    first, second = list(store.glob("layers/*/index"))[:2]
+    first, second = (
+        store / "layers" / diff_id.removeprefix("sha256:") / "index"
+        for diff_id in _read(_config(store))["rootfs"]["diff_ids"]
+    )
     shutil.copy(first, second)
 
 
@@ -137,16 +146,14 @@ DAMAGE: dict[str, Damage] = {
     ),
     "index of another layer": Damage(_swap_indexes, "is of another layer", REMADE),
     "index changed": Damage(
-        lambda store: _each(store, "layers/*/index", change_middle), "index: is damaged", REMADE
+        lambda store: _of_layers(store, "index", change_middle), "index: is damaged", REMADE
     ),
-    "index truncated": Damage(
-        lambda store: _each(store, "layers/*/index", _cut), "index: is damaged", REMADE
-    ),
+    "index truncated": Damage(lambda store: _of_layers(store, "index", _cut), "index: is damaged", REMADE),
     "seek table changed": Damage(
-        lambda store: _each(store, "layers/*/seek.*", change_middle), "is damaged", REMADE
+        lambda store: _of_layers(store, "seek.*", change_middle), "is damaged", REMADE
     ),
     "all derived files changed": Damage(
-        lambda store: _each(store, "layers/*/[is]*", change_middle), "is damaged", REMADE
+        lambda store: _of_layers(store, "[is]*", change_middle), "is damaged", REMADE
     ),
     "record of an image changed": Damage(
         lambda store: _each(store, "images/*/image", lambda path: _replace(path, _other_record(path))),
