@@ -144,7 +144,7 @@ def test_damage_is_found_when_opened(data: bytes) -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(StoreDamaged, match=f"version is {VERSION + 1}, not {VERSION}.*delete it"):
+    with pytest.raises(StoreDamaged, match=f"version is {VERSION + 1}, not {VERSION}.*check --repair"):
         LayerIndex(change(8, struct.pack("<I", VERSION + 1)))
 
 
