@@ -82,8 +82,10 @@ class UnionDriver:
             raise
 
     def close(self) -> None:
-        self._run_scratch.close()
-        self._scratch.close()
+        try:
+            self._run_scratch.close()
+        finally:
+            self._scratch.close()
 
     def lower(self, layers: Sequence[LayerIndex]) -> Lower:
         """The tree of these layers, bottom first: one object as long as somebody has it."""

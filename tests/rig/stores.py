@@ -12,7 +12,17 @@ import pytest
 from fusestore import durable
 from fusestore.store import Store
 
-__all__ = ["Crash", "Dying", "Failing", "Full", "Interrupted", "Unsynced", "fail_to_open", "open_at"]
+__all__ = [
+    "Crash",
+    "Dying",
+    "Exiting",
+    "Failing",
+    "Full",
+    "Interrupted",
+    "Unsynced",
+    "fail_to_open",
+    "open_at",
+]
 
 
 def open_at(place: Path) -> Store:
@@ -66,6 +76,20 @@ class Dying(Unsynced):
         self.left -= 1
 
 
+class Exiting(Unsynced):
+    """Ends the process at one of the points before and after each primitive: 0 is before the first."""
+
+    CODE = 9
+
+    def __init__(self, point: int) -> None:
+        self.left = point
+
+    def step(self) -> None:
+        if self.left == 0:
+            os._exit(self.CODE)
+        self.left -= 1
+
+
 class Failing(Dying):
     """Instead of dying fails once, as a full disk does."""
 
@@ -111,15 +135,19 @@ class Full(Dying):
         super().symlink(target, path)
 
 
-def _stepping(name: str) -> Callable[..., Any]:
+def _stepping(name: str, *, and_after: bool) -> Callable[..., Any]:
     real = getattr(Unsynced, name)
 
-    def primitive(self: Dying, *args: Any) -> Any:
+    def primitive(self: Any, *args: Any) -> Any:
         self.step()
-        return real(self, *args)
+        found = real(self, *args)
+        if and_after:
+            self.step()
+        return found
 
     return primitive
 
 
 for _name in ("write", "fsync", "syncfs", "mkdir", "create", "symlink", "rename", "unlink", "rmdir"):
-    setattr(Dying, _name, _stepping(_name))
+    setattr(Dying, _name, _stepping(_name, and_after=False))
+    setattr(Exiting, _name, _stepping(_name, and_after=True))

@@ -1,0 +1,143 @@
+"""Ends, fails and cuts the power at every step of every change of a store, and prints what came of it.
+
+    python tests/bench/crashes.py [RANDOM]
+
+A table: fault, tries, how often what is there is neither the old state nor the new (or not the new, though
+the call had returned), and how often anything was left that does not belong there. RANDOM: parts of what was
+not synced, chosen at random, that are lost after each change, besides those chosen on purpose. Fails if
+anything was lost or left. Some minutes.
+"""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rig.crashes import OPERATIONS, exit_at, fresh, left_over, old_and_new, state
+from rig.ocisources import SourceMaker, tar_of
+from rig.powercut import Recorder, cuts
+from rig.stores import Crash, Dying, Failing, Full, Interrupted, Unsynced, open_at
+
+from fusestore import durable
+
+EXIT = "exit before and after each change"
+FAULTS: dict[str, type[Dying]] = {
+    "death at each change": Dying,
+    "one ENOSPC": Failing,
+    "full from then on": Full,
+    "SIGINT": Interrupted,
+}
+
+
+class Table:
+    def __init__(self) -> None:
+        self.tries: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
+        self.left: Counter[str] = Counter()
+
+    def judge(self, fault: str, place: Path, allowed: list[dict[str, object]], where: str) -> None:
+        self.tries[fault] += 1
+        with open_at(place) as store:
+            if state(store) not in allowed:
+                self.lost[fault] += 1
+                print(f"LOST: {fault}, {where}")
+            if left := left_over(store):
+                self.left[fault] += 1
+                print(f"LEFT OVER: {fault}, {where}: {left}")
+
+    def print(self) -> int:
+        print(f"\n{'fault':40} {'tries':>8} {'lost':>6} {'left over':>10}")
+        for fault in self.tries:
+            print(f"{fault:40} {self.tries[fault]:8} {self.lost[fault]:6} {self.left[fault]:10}")
+        return 1 if self.lost or self.left else 0
+
+
+def _image(path: Path, content: bytes) -> str:
+    maker = SourceMaker()
+    layers = [tar_of({"etc/passwd": b"root"}), tar_of({"app": content})]
+    return maker.add(maker.image(layers), path.name).directory(path)
+
+
+@contextlib.contextmanager
+def _disk(disk: durable.Disk) -> Iterator[None]:
+    before, durable.disk = durable.disk, disk
+    try:
+        yield
+    finally:
+        durable.disk = before
+
+
+def _ends(
+    table: Table, base: Path, name: str, two: str, old: dict[str, object], new: dict[str, object]
+) -> None:
+    for point in range(10_000):
+        place = fresh(base, point)
+        done = exit_at(place, OPERATIONS[name], two, point)
+        table.judge(EXIT, place, [new] if done else [old, new], f"{name}, point {point}")
+        shutil.rmtree(place)
+        if done:
+            return
+
+
+def _faults(
+    table: Table, base: Path, name: str, two: str, old: dict[str, object], new: dict[str, object]
+) -> None:
+    for fault, kind in FAULTS.items():
+        for steps in range(10_000):
+            place = fresh(base, steps)
+            done = False
+            with (
+                contextlib.suppress(Crash, OSError, KeyboardInterrupt),
+                open_at(place) as store,
+                _disk(kind(steps)),
+            ):
+                OPERATIONS[name](store, two)
+                done = True
+            table.judge(fault, place, [new] if done else [old, new], f"{name}, step {steps}")
+            shutil.rmtree(place)
+            if done:
+                break
+
+
+def _power(table: Table, base: Path, name: str, two: str, randomly: int) -> None:
+    place = fresh(base, 0)
+    with open_at(place) as store:
+        old = state(store)
+        recorder = Recorder(place / "store")
+        with _disk(recorder):
+            OPERATIONS[name](store, two)
+        new = state(store)
+    for cut in cuts(recorder, randomly=randomly, seed=1):
+        made = base / "cut"
+        made.mkdir()
+        cut.state.make(made / "store")
+        where = f"{name}, after {cut.after} changes"
+        allowed = [new] if cut.is_after_all else [old, new]
+        table.judge(f"power cut, there is: {cut.kind}", made, allowed, where)
+        shutil.rmtree(made)
+
+
+def main() -> int:
+    randomly = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    durable.disk = Unsynced()
+    table = Table()
+    for name in OPERATIONS:
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+            base = Path(directory)
+            one, two = _image(base / "one", b"1"), _image(base / "two", b"2")
+            old, new = old_and_new(base, one, two, OPERATIONS[name])
+            shutil.rmtree(base / "-1")
+            _ends(table, base, name, two, old, new)
+            _faults(table, base, name, two, old, new)
+            _power(table, base, name, two, randomly)
+        print(f"{name}: done", flush=True)
+    return table.print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The changes of a store that may be cut off at each step, and what a user can tell of it then. Blocking."""
+
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from rig.stores import Exiting, open_at
+
+from fusestore import durable
+from fusestore.check import check
+from fusestore.commit import CommitOptions, commit
+from fusestore.drivers import snapshot
+from fusestore.store import Store
+
+__all__ = ["OPERATIONS", "STRIDES", "exit_at", "fresh", "left_over", "old_and_new", "prepare", "state"]
+
+
+def state(store: Store) -> dict[str, object]:
+    """What a user can tell of a store."""
+    documents = {}
+    for container_id in store.container_ids():
+        document = store.get_container_metadata(container_id)
+        del document["created-at"]
+        documents[container_id] = document
+    return {
+        "images": {image.id: image for image in store.images()},
+        "names": store.image_names(),
+        "containers": documents,
+        "container names": store.container_names(),
+    }
+
+
+def prepare(store: Store, one: str) -> None:
+    """An image, a container with a name, and one in which something was written."""
+    store.import_image(one)
+    store.create_container(container_id="kept", container_name="its-name")
+    store.create_container("one", container_id="plain")
+    with snapshot(store, "plain"):
+        pass  # now it is said how files are kept
+    upper = Path(store.upper_dir("plain"))
+    upper.mkdir(stat.S_IRWXU)
+    (upper / "written").write_text("content")
+    os.utime(upper / "written", (1, 1))
+
+
+def _add_a_file(_: str, directory: str) -> None:
+    Path(directory, "workdir/more").touch()
+
+
+def _commit(store: Store) -> None:
+    commit(store, "plain", "made:1", CommitOptions(epoch_s=1))
+
+
+OPERATIONS: dict[str, Callable[[Store, str], object]] = {
+    "create": lambda store, _: store.create_container(container_id="new"),
+    "create with a name": lambda store, _: store.create_container(container_id="new", container_name="n"),
+    "copy": lambda store, _: store.copy_container("kept", "new", _add_a_file),
+    "delete": lambda store, _: store.delete_container("plain"),
+    "delete with a name": lambda store, _: store.delete_container("kept"),
+    "change an id": lambda store, _: store.rename_container("plain", "moved"),
+    "change an id under a name": lambda store, _: store.rename_container("kept", "moved"),
+    "change a name": lambda store, _: store.rename_container("its-name", "other"),
+    "give up a name": lambda store, _: store.rename_container("its-name", "kept"),
+    "set metadata": lambda store, _: store.set_container_metadata("plain", {"a": 1}),
+    "set metadata with a name": lambda store, _: store.set_container_metadata("plain", {"a": 1, "name": "n"}),
+    "import": lambda store, two: store.import_image(two),
+    "import with names": lambda store, two: store.import_image(two, ["one", "x:1"]),
+    "tag": lambda store, _: store.tag("one", "again"),
+    "untag": lambda store, _: store.untag("one"),
+    "rename a tag": lambda store, _: store.rename_tag("one", "default", replace=True),
+    "commit": lambda store, _: _commit(store),
+    "empty the trash": lambda store, _: store.empty_trash(),
+}
+"""`two` is an image to import."""
+
+STRIDES = {"commit": 19, "import": 3, "import with names": 3}
+"""Of these one step in so many is tried in CI; tests/bench/crashes.py tries all."""
+
+
+def old_and_new(
+    base: Path, one: str, two: str, operation: Callable[[Store, str], object]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The states before and after an operation; base/old is left as it was before."""
+    with open_at(base / "old") as store:
+        prepare(store, one)
+        old = state(store)
+    with open_at(fresh(base, -1)) as store:
+        operation(store, two)
+        return old, state(store)
+
+
+def fresh(base: Path, number: int) -> Path:
+    """A copy of what `old_and_new` made."""
+    place = base / str(number)
+    shutil.copytree(base / "old", place, symlinks=True)
+    return place
+
+
+def exit_at(place: Path, operation: Callable[[Store, str], object], two: str, point: int) -> bool:
+    """Does the operation in a process that ends at that point, at once; whether it was done before."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with open_at(place) as store:
+                durable.disk = Exiting(point)
+                operation(store, two)
+                os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, Exiting.CODE)
+    return code == 0
+
+
+def left_over(store: Store) -> list[str]:
+    """What should not be in a store that was opened after a crash."""
+    found = [str(finding) for finding in check(store)]
+    return found + os.listdir(f"{store.path}/tmp")
