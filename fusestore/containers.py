@@ -272,8 +272,10 @@ class Containers:
 
     # Changing
 
-    def create(self, draft: Draft, confirm_image: Callable[[], None]) -> None:
+    def create(self, draft: Draft, confirm_image: Callable[[], None]) -> str:
         """Makes the container: after this it is on disk whole; after any error or crash it is not there.
+
+        Gives its directory below the run directory, which is made before: others may delete it at once.
 
         `confirm_image` is called with the lock held and raises if the image is gone. Raises Exists.
         """
@@ -292,10 +294,15 @@ class Containers:
                 self._require_free_locked(draft.id)
                 self._require_free_locked(name)
                 self._discard_run_locked(draft.id)
+                on_error = stack.enter_context(contextlib.ExitStack())
+                on_error.callback(self._discard_run_locked, draft.id)
+                run_dir = self._make_rundir_locked(draft.id)
                 if name != draft.id:
                     stack.enter_context(self._renaming({name: [draft.id]}))
                     self._point_name(name, draft.id)
                 self._workspace.publish((scratch.join("container"), layout.container(draft.id)))
+                on_error.pop_all()
+        return run_dir
 
     def delete(self, ref: str) -> str:
         """Takes the container away, with all that is in it, in one step; its id. Raises NotFound, Busy."""
@@ -373,14 +380,10 @@ class Containers:
 
     def make_rundir(self, container_id: str) -> str:
         """The container's directory below the run directory, made if it is not there. Raises NotFound."""
-        path = self._run.rundir(container_id)
         with self._workspace.lock():
             if not self._exists(container_id):
                 raise NotFound(f"there is no container {container_id!r}")
-            self._make_run(container_id)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-        return path
+            return self._make_rundir_locked(container_id)
 
     def empty_run_trash(self) -> None:
         empty_trash(self._run.trash)
@@ -453,6 +456,13 @@ class Containers:
         with self._workspace.scratch() as scratch:
             scratch.symlink("name", self._layout.name_target(container_id))
             self._workspace.publish((scratch.join("name"), self._layout.name(name)))
+
+    def _make_rundir_locked(self, container_id: str) -> str:
+        path = self._run.rundir(container_id)
+        self._make_run(container_id)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        return path
 
     def _make_run(self, container_id: str) -> None:
         with contextlib.suppress(FileExistsError):

@@ -449,14 +449,18 @@ class Store:
             if image_id:
                 self._images.find(image_id)
 
-        self._containers.create(draft, confirm_image)
+        run_dir = self._containers.create(draft, confirm_image)
         try:
-            run_dir = self.run_dir(draft.id)
             self._mounts.announce(Changed("containers", draft.id))
         except BaseException:
             self._containers.delete(draft.id)
             raise
-        return ContainerInfo(id=draft.id, dir=self.work_dir(draft.id), run_dir=run_dir, config=config)
+        return ContainerInfo(
+            id=draft.id,
+            dir=Path(self._layout.workdir(draft.id)),
+            run_dir=Path(run_dir),
+            config=config,
+        )
 
     def delete_container(self, ref: str) -> None:
         """Takes a container away, with all it holds. Raises NotFound; Busy while started or in use.

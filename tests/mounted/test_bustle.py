@@ -46,7 +46,7 @@ def _kernel_forgets() -> None:
 
 
 def _files(mount: Mount) -> list[str]:
-    """What there is in store and run directory, without what is named by chance."""
+    """What there is in store and run directory, but for what mounts keep, which is named by chance."""
     found = []
     for root in (mount.store, mount.run_dir):
         for directory, directories, files in os.walk(root):
@@ -66,6 +66,7 @@ def test_nothing_is_lost_stuck_or_left(two_mounts: list[Mount]) -> None:
     person = first.person
     for mount in two_mounts:  # what is opened once, and stays
         mount.sh("mkdir containers/warm && echo > containers/warm/rootfs/f && rmdir containers/warm").ok()
+    wait_until(lambda: os.listdir(first.store / "trash") == [], 60)
     files, mounts = _files(first), _mounts(first)
     descriptors = [_descriptors(mount) for mount in two_mounts]
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rig.ocisources import SourceMaker, tar_of
 from rig.requirements import need
 from rig.stores import open_at
 
+from fusestore.containers import Containers, Draft
 from fusestore.errors import (
     LayerRefused,
     NotFound,
@@ -214,3 +216,19 @@ def test_a_refused_import_leaves_the_store_as_it_was(tmp_path: Path, store: Stor
         store.import_image(source)
     assert store.images() == []
     assert os.listdir(Path(store.path, "blobs/sha256")) == os.listdir(Path(store.path, "tmp")) == []
+
+
+def test_who_makes_what_another_deletes_at_once_has_made_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Containers.create
+
+    def create(self: Containers, draft: Draft, confirm_image: Callable[[], None]) -> str:
+        run_dir = real(self, draft, confirm_image)
+        with open_at(tmp_path) as other:
+            other.delete_container("mine")
+        return run_dir
+
+    monkeypatch.setattr(Containers, "create", create)
+    assert store.create_container(container_id="mine").id == "mine"
+    assert store.container_ids() == []
