@@ -71,7 +71,11 @@ class UnionDriver:
         self._descriptors = Descriptors(max(64, limit // 4))
         self._serials = itertools.count()
         self._scratch = store.scratch()
-        self._run_scratch = store.run_scratch()
+        try:
+            self._run_scratch = store.run_scratch()
+        except BaseException:
+            self._scratch.close()
+            raise
         self._homes = {os.fstat(fd).st_dev: fd for fd in (self._run_scratch.fd, self._scratch.fd)}
         """By device: a scratch directory there."""
         self._lowers: WeakValueDictionary[tuple[LayerIndex, ...], Lower] = WeakValueDictionary()
