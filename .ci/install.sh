@@ -18,6 +18,7 @@ if [ "${1-}" = dev ]; then
         acl
         attr
         buildah
+        crun
         docker-registry
         e2fsprogs
         git
@@ -30,6 +31,8 @@ if [ "${1-}" = dev ]; then
         podman
         runc
         rsync
+        systemd-container
+        uidmap
         vim
         xfsprogs
         zstd

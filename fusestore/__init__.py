@@ -17,6 +17,7 @@ below it (setup.cfg, checked by import-linter)::
     podmanview              /views/podman
     commit                  a container becomes an image         transfer    pull and push
     clone                   a container becomes another
+    bundle                  a container for OCI runtimes
     reclaim                 what space is used for, and what can be given back
     export                  a container's tree, or its changes, as a tar
     changes                 what a container changed in its image
@@ -41,6 +42,7 @@ below it (setup.cfg, checked by import-linter)::
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
     metadata                the rules of metadata.json     oci           manifests and configs
                                                            imageconfig   what a commit changes in a config
+                                                           runtimespec   a config.json for runtimes
     tarwriter               the writer of tars         tarsplit      a tar as podman keeps it
     synthetic               made-up objects of the tree
     inodes                  nodes, lookup counts, handles

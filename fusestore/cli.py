@@ -612,6 +612,24 @@ def _clone(places: _Places, ref: str, new: str | None) -> None:
     click.echo(made.id)
 
 
+@_command
+@click.argument("ref", metavar="ID")
+@click.argument("directory", metavar="DIR")
+@click.argument("args", nargs=-1, metavar="[-- ARGS...]")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@_places
+def _bundle(places: _Places, ref: str, directory: str, args: tuple[str, ...], tty: bool) -> None:
+    """Write DIR/config.json, with which runc and crun run a container.
+
+    The store has to be mounted. Command, environment, user and directory are the image's; ARGS are another
+    command. A plain user's command is root, in a user namespace in which only they are mapped.
+    """
+    from .bundle import write_bundle
+
+    with places.open() as store:
+        write_bundle(store, ref, _directory("DIR", directory), list(args), has_terminal=tty)
+
+
 def _source_date_epoch() -> int | None:
     """reproducible-builds.org/specs/source-date-epoch."""
     text = os.environ.get("SOURCE_DATE_EPOCH")
