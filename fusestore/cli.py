@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["main", "printable"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_HELPER_OPTIONS = {"allow_other": False, "driver": True, "cache_size": True, "run_dir": True}
+"""After mount(8)'s -o: whether there is a value."""
+_ALWAYS_SO = frozenset(["", "rw", "suid", "nosuid", "dev", "nodev", "exec"])
+"""What mount(8) adds: mounts are writable, and nosuid and nodev whatever it says."""
 _DAY_S = 24 * 60 * 60
 _SHORT_ID = 12
 """Hex digits of an id in tables; commands take them as well as the whole."""
@@ -43,7 +47,11 @@ _SHORT_ID = 12
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (default: the process's own); returns its exit code."""
     try:
-        code = _commands.main(arguments, prog_name="fusestore", standalone_mode=False)
+        code = _commands.main(
+            _as_a_helper(sys.argv[1:] if arguments is None else arguments),
+            prog_name="fusestore",
+            standalone_mode=False,
+        )
         sys.stdout.flush()
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "fusestore"
@@ -59,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FusestoreError, OSError) as error:
         return _fail(daemon.describe(error))
     return code if isinstance(code, int) else 0
+
+
+def _as_a_helper(arguments: Sequence[str]) -> list[str]:
+    """What mount(8) asks for, by mount.fuse3(8): STORE MOUNTPOINT -o OPTIONS. Else the same again."""
+    if len(arguments) < 2 or not arguments[0].startswith("/"):
+        return list(arguments)
+    store, mountpoint, *rest = arguments
+    words = ["mount", "--store", store]
+    for option in "".join(rest[1:2] if rest[:1] == ["-o"] else rest).split(","):
+        name, sign, value = option.partition("=")
+        if name in _HELPER_OPTIONS and bool(sign) == _HELPER_OPTIONS[name]:
+            words.append(f"--{name.replace('_', '-')}{sign}{value}")
+        elif option not in _ALWAYS_SO:
+            raise click.UsageError(f"-o {option} is not known: {', '.join(_HELPER_OPTIONS)} are")
+    return [*words, "--", mountpoint]
 
 
 def _fail(message: str, code: int = 1) -> int:

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rig.mounts import Mount
-from rig.people import Result
+from rig.people import Result, as_root
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
@@ -58,3 +59,36 @@ def test_layer_changes_tells_what_a_layer_did(mounted: Mount) -> None:
         "1 + lower/link-of-lower",
     } <= changes
     assert not [line for line in changes if "kept/file0" in line or "linked" in line]
+
+
+def test_the_systemd_unit_is_valid(tmp_path: Path) -> None:
+    unit = tmp_path / "fusestore.service"
+    command = str(Path(sys.executable).parent / "fusestore")
+    text = (_EXAMPLES / unit.name).read_text()
+    unit.write_text(text.replace("/usr/local/bin/fusestore", command))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert text.count("/usr/local/bin/fusestore") == 2
+
+
+@as_root
+def test_mount_mounts_the_line_of_the_fstab(unmounted: Mount) -> None:
+    """In a mount namespace, where the command is in /usr/local/bin."""
+    line = (_EXAMPLES / "fstab").read_text()
+    fstab = unmounted.base / "fstab"
+    fstab.write_text(
+        line.replace("/var/lib/fusestore", str(unmounted.store))
+        .replace("/srv/fusestore", str(unmounted.base / "new"))
+        .replace("nofail", f"nofail,run_dir={unmounted.run_dir}")
+    )
+    script = """
+        mount -t tmpfs none /usr/local/bin; ln -s "$(command -v fusestore)" /usr/local/bin
+        mount --fstab fstab new
+        findmnt --noheadings --output FSTYPE new
+        mkdir new/containers/c; cat new/containers/c/rootfs/etc/hostname
+        fusestore umount new
+        mount -t fuse.fusestore "$FUSESTORE_STORE" new -o ro 2>&1 | grep -o 'ro is not known'
+    """
+    result = unmounted.person.run("unshare", "--mount", "bash", "-uc", script, cwd=unmounted.base,
+                                  env=unmounted.environment)  # fmt: skip
+    assert result.ok() == "fuse.fusestore\nbusybox\nro is not known\n"

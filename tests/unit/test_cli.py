@@ -662,3 +662,26 @@ def test_df_says_what_there_is_of_what(run: Run, stored: str) -> None:
     header, images, *_ = run("df").out.splitlines()
     assert header.split() == ["WHAT", "COUNT", "SIZE", "RECLAIMABLE"]
     assert images.split()[:2] == ["images", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("images", "-o"), ["images", "-o"]),
+        (("/s",), ["/s"]),
+        (("/s", "/m", "-o", "rw,nosuid,nodev"), ["mount", "--store", "/s", "--", "/m"]),
+        (("/s", "/m"), ["mount", "--store", "/s", "--", "/m"]),
+        (
+            ("/s", "/m", "-o", "allow_other,driver=union,run_dir=/r"),
+            ["mount", "--store", "/s", "--allow-other", "--driver=union", "--run-dir=/r", "--", "/m"],
+        ),
+        (("/s", "-m", "-o", "cache_size=1G"), ["mount", "--store", "/s", "--cache-size=1G", "--", "-m"]),
+    ],
+)
+def test_mount_helper_arguments(arguments: tuple[str, ...], words: list[str]) -> None:
+    assert cli._as_a_helper(arguments) == words
+
+
+@pytest.mark.parametrize("options", ["ro", "noexec", "allow_other=1", "driver", "foreground", "help"])
+def test_what_mount_cannot_ask_for_is_refused(run: Run, options: str) -> None:
+    _fails(run("/s", "/m", "-o", options), f"-o {options} is not known", code=2)
