@@ -14,7 +14,9 @@ below it (setup.cfg, checked by import-linter)::
                                                        containerdir     one container's directory
                                                        documentfile     metadata.json as it is written
                                                        scratchfile      files beside it, in memory
-    podmanview              /views/podman
+    podmanview              /views/podman              ociview       /views/oci
+                                                       ociindex      a new index.json there
+                                                       stagedfile    files on their way in
     commit                  a container becomes an image         transfer    pull and push
     clone                   a container becomes another
     bundle                  a container for OCI runtimes

@@ -28,6 +28,7 @@
     ├── QuotaExceeded                 EDQUOT        what a container may take on disk is taken
     ├── Stale                         ESTALE        the object behind an inode is gone from the store
     ├── RegistryFailed                EREMOTEIO     a registry does not answer, or not as one
+    ├── WrongDigest                   EIO           what is written as a blob is not what its name says
     └── StoreError                    EIO           the store itself is missing something or is damaged
         ├── StoreDamaged              EIO           names the file and the remedy
         └── StoreUnusable             EIO           no store there, or one of another version
@@ -72,6 +73,7 @@ __all__ = [
     "StoreDamaged",
     "StoreError",
     "StoreUnusable",
+    "WrongDigest",
     "errno_of",
 ]
 
@@ -180,6 +182,10 @@ class Stale(FusestoreError):
 
 class RegistryFailed(FusestoreError):
     errno = errno.EREMOTEIO
+
+
+class WrongDigest(FusestoreError):
+    errno = errno.EIO
 
 
 class StoreError(FusestoreError):

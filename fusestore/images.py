@@ -30,7 +30,7 @@ from .names import digest_hex, is_hex_id, parse_digest, parse_image_name
 from .nodes import Digest
 from .sources import machine_platform
 
-__all__ = ["Catalog", "Entry", "Image", "Images", "Loose", "loose_parts"]
+__all__ = ["INDEX_MAX", "Catalog", "Entry", "Image", "Images", "Loose", "loose_parts"]
 
 INDEX_MAX = 256 << 20
 """Bytes of index.json: about a million names."""

@@ -32,7 +32,7 @@ from .synthetic import (
 )
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
-__all__ = ["ImageTree"]
+__all__ = ["BlobHandle", "ImageTree"]
 
 _MADE_MAX = 64
 """Directories that hold no name yet: a daemon's memory is what they take, and ``cp -r`` makes any number."""
@@ -140,22 +140,26 @@ class _Tar(_Inner):
         self.size = layer.reader.size
 
 
-class _BlobHandle(FileHandle):
-    __slots__ = ("_blob", "_fd")
+class BlobHandle(FileHandle):
+    """A blob of the store as an open file."""
 
-    def __init__(self, blob: _Blob) -> None:
-        super().__init__(blob)
-        self._blob = blob
+    __slots__ = ("_fd", "_path", "_size")
+
+    def __init__(self, node: Node, path: str, size: int) -> None:
+        """`size` is what `node` says. Raises StoreDamaged if there is no file at `path`."""
+        super().__init__(node)
+        self._path = path
+        self._size = size
         try:
-            self._fd = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise errors.StoreDamaged(f"{blob.path} is missing: import the image again") from None
+            raise errors.StoreDamaged(f"{path} is missing: import the image again") from None
 
     def read(self, offset: int, size: int) -> bytes:
-        size = max(0, min(size, self._blob.size - offset))
+        size = max(0, min(size, self._size - offset))
         data = os.pread(self._fd, size, offset)
         if len(data) < size:
-            raise errors.StoreDamaged(f"{self._blob.path} is cut short: import the image again")
+            raise errors.StoreDamaged(f"{self._path} is cut short: import the image again")
         return data
 
     def close(self) -> None:
@@ -419,7 +423,7 @@ class ImageTree(Branch):
         if isinstance(node, _Document):
             return BytesHandle(node, node.data)
         if isinstance(node, _Blob):
-            return _BlobHandle(node)
+            return BlobHandle(node, node.path, node.size)
         if isinstance(node, _Tar):
             return _TarHandle(node)
         raise errors.IsADirectory("is a directory")

@@ -596,6 +596,13 @@ class Store:
         """A private directory on the filesystem of the containers; the caller closes it."""
         return self._workspace.scratch()
 
+    def unnamed_file(self) -> int:
+        """A descriptor of a new file, to read and write, on the filesystem of the store: gone with it."""
+        with self._workspace.scratch() as scratch:
+            fd = scratch.create("unnamed")
+            os.unlink(scratch.join("unnamed"))
+            return fd
+
     def run_scratch(self) -> Scratch:
         """The same on the filesystem of the run directory, for what becomes part of a rundir."""
         return self._run_workspace.scratch()

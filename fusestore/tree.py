@@ -38,6 +38,7 @@ from .inodes import (
 from .mounts import Changed
 from .names import FILE_NAME_MAX
 from .nodes import Attr, Inode
+from .ociview import OciView
 from .podmanview import PodmanView
 from .store import Store
 from .synthetic import FixedBranch, Owner, RootfsDriver
@@ -82,7 +83,10 @@ class Tree:
         self._images = ImageTree(store, self.inodes, driver, owner, self.root)
         self._containers = ContainerTree(store, self.inodes, driver, owner, self.root, deleted)
         views = _FixedDirectory(store, owner, self.inodes.number(), self.root, _VIEWS_REFUSAL)
-        views.children = {b"podman": PodmanView(store, self.inodes, driver, owner, views.root).root}
+        views.children = {
+            b"oci": OciView(store, self.inodes, owner, views.root).root,
+            b"podman": PodmanView(store, self.inodes, driver, owner, views.root).root,
+        }
         branch.children = {
             b"images": self._images.root,
             b"containers": self._containers.root,

@@ -1,7 +1,9 @@
 """/views on a real mount: the store as podman and others of its kin want it, by the real programs."""
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ from typing import Any
 import pytest
 from rig.images import Images
 from rig.mounts import Mount, wait_until
-from rig.people import as_root
+from rig.people import Result, as_root
 from rig.podman import Podman, podman_of
 from rig.snapshot import Entry, differences, snapshot
+from rig.tinyimages import make_layout
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
@@ -26,7 +29,7 @@ def _json(mount: Mount, path: str) -> Any:
 
 
 def test_views_shows_what_there_is(mounted: Mount) -> None:
-    assert mounted.sh("ls views").ok().split() == ["podman"]
+    assert mounted.sh("ls views").ok().split() == ["oci", "podman"]
 
 
 @pytest.mark.parametrize(
@@ -198,3 +201,163 @@ def test_a_layer_whose_image_is_gone_is_gone(fresh: Mount) -> None:
     fresh.sh("ls views/podman/overlay/*/diff; rmdir images/$(basename $(readlink images/busybox))").ok()
     assert fresh.sh("ls views/podman/overlay").ok().split() == ["l"]
     assert _json(fresh, "views/podman/overlay-layers/layers.json") == []
+
+
+# /views/oci
+
+
+def _skopeo(mount: Mount, *arguments: str | Path) -> Result:
+    return mount.person.run("skopeo", "--insecure-policy", *arguments)
+
+
+def _layout(mount: Mount) -> Path:
+    return mount.mountpoint / "views/oci"
+
+
+@pytest.fixture
+def built(fresh: Mount) -> Path:
+    """A directory with an OCI layout of one image called app, which is not in the store."""
+    make_layout(fresh.base / "built", "app", [{"a": b"1"}, {"new": b"new\n"}])
+    return fresh.base / "built"
+
+
+@pytest.fixture
+def source(fresh: Mount) -> Path:
+    """A file of the person's."""
+    fresh.sh("echo new > $1", path := fresh.base / "source").ok()
+    return path
+
+
+def test_the_layout_lists_the_names_and_the_blobs_of_the_store(mounted: Mount) -> None:
+    names = mounted.person.run("umoci", "list", "--layout", _layout(mounted)).ok().split()
+    assert sorted(names) == ["busybox", "corners", "debian", "default"]
+    sums = mounted.sh("cd views/oci/blobs/sha256; sha256sum *").ok().splitlines()
+    assert sums and all(line.split()[0] == line.split()[1] for line in sums)
+
+
+@pytest.mark.parametrize("image", ["corners"])
+def test_skopeo_inspects_an_image(mounted: Mount, image: str) -> None:
+    shown = json.loads(_skopeo(mounted, "inspect", f"oci:{_layout(mounted)}:{image}").ok())
+    assert shown["Layers"] == [
+        one["digest"] for one in _json(mounted, f"images/{image}/manifest.json")["layers"]
+    ]
+
+
+def test_skopeo_copies_an_image_out(mounted: Mount) -> None:
+    out = mounted.base / "out"
+    _skopeo(mounted, "copy", "--quiet", f"oci:{_layout(mounted)}:corners", f"oci:{out}:corners").ok()
+    digest = json.loads((out / "index.json").read_text())["manifests"][0]["digest"]
+    assert digest == _json(mounted, "images/corners/metadata.json")["manifest-digest"]
+
+
+def test_skopeo_copies_an_image_in(fresh: Mount, built: Path) -> None:
+    _skopeo(fresh, "copy", "--quiet", f"oci:{built}:app", f"oci:{_layout(fresh)}:localhost/app:1").ok()
+    assert fresh.sh("cat images/localhost/app:1/rootfs/new").ok() == "new\n"
+    fresh.fusestore("check").ok()
+
+
+def test_skopeo_copies_what_is_there_under_another_name(fresh: Mount, images: Images) -> None:
+    _skopeo(fresh, "copy", "--quiet", images.busybox.source, f"oci:{_layout(fresh)}:again").ok()
+    assert fresh.sh("[ images/again -ef images/busybox ]").code == 0
+
+
+def test_umoci_changes_an_image(fresh: Mount, source: Path) -> None:
+    layout = _layout(fresh)
+    other = ("--image", f"{layout}:other")
+    config = ("--image", f"{layout}:busybox", "--tag", "other", "--config.cmd", "ls")
+    fresh.person.run("umoci", "config", *config).ok()
+    fresh.person.run("umoci", "insert", "--rootless", *other, source, "/new").ok()
+    assert _json(fresh, "images/other/config.json")["config"]["Cmd"] == ["ls"]
+    assert fresh.sh("cat images/other/rootfs/new; ls images/other/layers").ok().split() == ["new", "0", "1"]
+    assert fresh.sh("ls -A views/oci").ok().split() == ["blobs", "index.json", "oci-layout"]
+
+
+def test_umoci_unpacks_an_image(fresh: Mount) -> None:
+    bundle = fresh.base / "bundle"
+    rootless = () if fresh.person.is_root else ("--rootless",)
+    fresh.person.run("umoci", "unpack", *rootless, "--image", f"{_layout(fresh)}:busybox", bundle).ok()
+    assert (bundle / "rootfs/bin/busybox").exists()
+
+
+def test_umoci_takes_a_name_away_and_the_image_stays(fresh: Mount) -> None:
+    image = fresh.sh("readlink images/busybox").ok().strip()
+    fresh.person.run("umoci", "rm", "--image", f"{_layout(fresh)}:busybox").ok()
+    fresh.person.run("umoci", "gc", "--layout", _layout(fresh)).ok()
+    assert fresh.sh("ls images").ok().split() == [image, "default"]
+
+
+@as_root
+def test_buildah_pushes_an_image(fresh: Mount, images: Images) -> None:
+    base = fresh.base / "buildah"
+    buildah = ("buildah", "--root", base / "root", "--runroot", base / "run", "--storage-driver", "vfs")
+    policy = fresh.base / "policy.json"
+    policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+    options = ("--signature-policy", policy, "--quiet")
+    # A relative path: buildah makes an image name of it.
+    source = f"oci:{images.busybox.path.name}:busybox"
+    made = fresh.person.run(*buildah, "from", *options, source, cwd=images.busybox.path.parent).ok().strip()
+    fresh.person.run(*buildah, "config", "--cmd", "vi", made).ok()
+    fresh.person.run(*buildah, "commit", *options, made, "localhost/pushed").ok()
+    target = f"oci:{_layout(fresh)}:pushed"
+    fresh.person.run(*buildah, "push", *options, "localhost/pushed", target).ok()
+    assert _json(fresh, "images/pushed/config.json")["config"]["Cmd"] == ["vi"]
+    fresh.person.run("umount", "-q", base / "root/vfs")
+
+
+WRONG = "0" * 64
+
+_WRITE_INDEX = 'echo "$1" | cat > views/oci/index.json'
+"""A shell drops what close(2) says, cat does not."""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "cat $1 > views/oci/blobs/sha256/$2",
+        "cp $1 views/oci/blobs/sha256/$2",
+        "cp $1 views/oci/tmp && mv views/oci/tmp views/oci/blobs/sha256/$2",
+        "mkdir views/oci/.t && cp $1 views/oci/.t/x && mv views/oci/.t/x views/oci/blobs/sha256/$2",
+    ],
+)
+def test_a_blob_is_taken_with_its_digest_only(fresh: Mount, source: Path, write: str) -> None:
+    fresh.sh(write, source, WRONG).fails_with(errno.EIO)
+    fresh.sh("ls views/oci/blobs/sha256/$1", WRONG).fails_with(errno.ENOENT)
+    fresh.sh("rm -rf views/oci/.t").ok()
+    right = hashlib.sha256(source.read_bytes()).hexdigest()
+    fresh.sh(write, source, right).ok()
+    assert fresh.sh("cat views/oci/blobs/sha256/$1", right).ok() == "new\n"
+
+
+def test_a_blob_of_the_store_is_never_changed(fresh: Mount, source: Path) -> None:
+    name = fresh.sh("cd views/oci/blobs/sha256; ls | head -1").ok().strip()
+    fresh.sh("cat $1 > views/oci/blobs/sha256/$2", source, name).fails_with(errno.EIO)
+    fresh.sh("rm views/oci/blobs/sha256/$1", name).fails_with(errno.EROFS)
+    fresh.sh("echo >> views/oci/blobs/sha256/$1", name).fails_with(errno.EROFS)
+    assert fresh.sh("sha256sum views/oci/blobs/sha256/$1", name).ok().startswith(name)
+    fresh.fusestore("check").ok()
+
+
+@pytest.mark.parametrize("index", ["{", '{"manifests": [{"digest": "x"}]}'])
+def test_an_index_that_is_none_is_refused(fresh: Mount, index: str) -> None:
+    before = fresh.sh("cat views/oci/index.json").ok()
+    fresh.sh(_WRITE_INDEX, index).fails_with(errno.EINVAL)
+    layout = _layout(fresh)
+    fresh.sh('echo "$1" > views/oci/new', index).ok()
+    with pytest.raises(OSError, match="Invalid argument"):
+        fresh.person.call(os.rename, layout / "new", layout / "index.json")
+    assert fresh.sh("cat views/oci/index.json").ok() == before
+
+
+def test_an_index_that_leads_to_no_manifest_is_refused(fresh: Mount) -> None:
+    index = json.loads(fresh.sh("cat views/oci/index.json").ok())
+    index["manifests"].append({**index["manifests"][0], "digest": f"sha256:{WRONG}", "annotations": {}})
+    fresh.sh(_WRITE_INDEX, json.dumps(index)).fails_with(errno.EINVAL)
+    assert len(json.loads(fresh.sh("cat views/oci/index.json").ok())["manifests"]) == 2
+
+
+def test_what_was_written_and_never_used_is_gone_with_the_mount(fresh: Mount) -> None:
+    fresh.sh("head -c 1000000 /dev/zero > views/oci/left").ok()
+    assert list((fresh.store / "tmp").glob("*/*")) == []
+    fresh.umount()
+    fresh.mount()
+    assert "left" not in fresh.sh("ls views/oci").ok()

@@ -1,0 +1,107 @@
+"""What a new index.json of /views/oci does to the store. Blocking.
+
+A program that uses an OCI image layout changes it by writing index.json anew (OCI image-spec,
+image-layout.md). What differs from the store's is done in this order, so that what fails changes no name:
+
+* A descriptor of what is no image here yet: the image is imported, from the blobs written into the view and
+  those of the store.
+* A name that leads elsewhere: the image is tagged.
+* A name that is missing: it is taken away. The image stays, as it does after ``rm images/NAME``.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from . import errors, oci
+from .images import INDEX_MAX
+from .layout import ANNOTATION_NAME, OCI_LAYOUT_VERSION
+from .names import digest_hex, parse_digest
+from .nodes import Digest
+from .store import Scratch, Store
+
+__all__ = ["apply_index"]
+
+_NESTING_MAX = 3
+"""Indexes inside indexes."""
+
+
+def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str]) -> None:
+    """Makes the store have what the index `data` has. `staged`: verified blobs, and paths to read them.
+
+    Raises BadSource and what importing raises; then images before the one that is wrong are there.
+    """
+    document = oci.parse_object(data, "index.json", INDEX_MAX)
+    wanted = oci.parse_descriptors(document, "manifests", "index.json")
+    before = store.catalog()
+    known = {entry.raw.get("digest"): entry.image_id for entry in before.entries}
+    names: dict[str, str] = {}
+    """Name → id, of what need not be imported."""
+    for descriptor in wanted:
+        name = descriptor.annotations.get(ANNOTATION_NAME)
+        if descriptor.digest not in known:
+            _import(store, descriptor, name, staged)
+        elif name is not None and (image_id := known[descriptor.digest]) is not None:
+            names[name] = image_id
+    for name, image_id in names.items():
+        if before.names.get(name) != image_id:
+            store.tag(image_id, name, replace=True)
+    for name in before.names.keys() - {one.annotations.get(ANNOTATION_NAME) for one in wanted}:
+        store.untag(name)
+
+
+def _import(store: Store, descriptor: oci.Descriptor, name: str | None, staged: Mapping[Digest, str]) -> None:
+    with store.scratch() as scratch:
+        source = _Layout(store, scratch, staged)
+        source.add(descriptor.digest)
+        source.finish(descriptor)
+        store.import_image(f"oci:{scratch.path}", [name] if name else [])
+
+
+class _Layout:
+    """An OCI image layout of symlinks, in a scratch directory."""
+
+    def __init__(self, store: Store, scratch: Scratch, staged: Mapping[Digest, str]) -> None:
+        self._store = store
+        self._scratch = scratch
+        self._staged = staged
+        self._added: set[Digest] = set()
+        scratch.mkdir("blobs")
+        scratch.mkdir("blobs/sha256")
+
+    def add(self, digest: Digest, depth: int = 0) -> None:
+        """A manifest or index, and what it points to. What is missing the import misses."""
+        path = self._link(digest)
+        if not os.path.exists(path) or os.path.getsize(path) > oci.DOCUMENT_MAX:
+            return
+        with open(path, "rb") as file:
+            document = oci.parse_object(file.read(), f"manifest {digest}")
+        for key, inner in _digests(document):
+            if key != "manifests":
+                self._link(inner)
+            elif depth < _NESTING_MAX:
+                self.add(inner, depth + 1)
+
+    def _link(self, digest: Digest) -> str:
+        path = self._staged.get(digest) or self._store.blob_path(digest)
+        if digest not in self._added:
+            self._added.add(digest)
+            self._scratch.symlink(f"blobs/sha256/{digest_hex(digest)}", path)
+        return path
+
+    def finish(self, descriptor: oci.Descriptor) -> None:
+        entry = {"mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size}
+        self._scratch.write("index.json", oci.encode({"schemaVersion": 2, "manifests": [entry]}))
+        self._scratch.write("oci-layout", oci.encode({"imageLayoutVersion": OCI_LAYOUT_VERSION}))
+
+
+def _digests(document: Mapping[str, Any]) -> Iterator[tuple[str, Digest]]:
+    """Key and digest of each descriptor; what is none is left to who parses it."""
+    for key in ("config", "layers", "manifests"):
+        found = document.get(key)
+        for descriptor in found if isinstance(found, list) else [found]:
+            if isinstance(descriptor, dict) and isinstance(descriptor.get("digest"), str):
+                try:
+                    yield key, parse_digest(descriptor["digest"])
+                except errors.BadName:
+                    continue
