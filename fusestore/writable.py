@@ -100,7 +100,9 @@ class WritableRootfs(Rootfs):
             if attr.mode & stat.S_IXGRP or not _may_set_group_id(caller, attr.gid):
                 kept &= ~stat.S_ISGID
         if kept != attr.mode:
-            self._upper.chmod(self.descriptor(thing), kept)
+            fd = self.descriptor(thing)
+            with self.charged(fd):
+                self._upper.chmod(fd, kept)
 
     def create(
         self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
@@ -233,11 +235,15 @@ class WritableRootfs(Rootfs):
         self._setattr_upper(thing, changes)
 
     def _setattr_upper(self, thing: Object, changes: Changes) -> None:
-        upper, fd = self._upper, self.descriptor(thing)
+        fd = self.descriptor(thing)
+        with self.charged(fd):
+            self._set(fd, changes)
+
+    def _set(self, fd: int, changes: Changes) -> None:
+        upper = self._upper
         # To its own size: the kernel, which keeps the times, leaves them (fs/fuse/dir.c, fuse_do_setattr).
         if changes.size is not None and changes.size != os.fstat(fd).st_size:
-            with self.charged(fd):
-                upper.truncate(fd, changes.size)
+            upper.truncate(fd, changes.size)
         if changes.uid is not None or changes.gid is not None:
             upper.chown(
                 fd,
@@ -401,7 +407,8 @@ class WritableRootfs(Rootfs):
         upper = self._upper
         self._prepare_move(source, new, new_name)
         if target is not None and target.in_upper and target.format == stat.S_IFDIR:
-            upper.clear_whiteouts(self.descriptor(target))
+            with self.charged(self.descriptor(target)):
+                upper.clear_whiteouts(self.descriptor(target))
             target.stack = ()
         found = upper.find(self.descriptor(new), new_name)
         upper.move(
@@ -425,12 +432,14 @@ class WritableRootfs(Rootfs):
         """Let a directory be the same wherever it is: it merges with what it merged with, or with nothing."""
         if thing.format != stat.S_IFDIR:
             return
-        if thing.stack:
-            path = self._lower.directory_path(thing.stack)
-            self._upper.set_redirect(self.descriptor(thing), b"/" + path)
-            self._moved[path] = thing
-        elif self._lower.lookup(new.stack, new_name):
-            self._upper.set_opaque(self.descriptor(thing))
+        fd = self.descriptor(thing)
+        with self.charged(fd), self.charged(self._upper.root):
+            if thing.stack:
+                path = self._lower.directory_path(thing.stack)
+                self._upper.set_redirect(fd, b"/" + path)
+                self._moved[path] = thing
+            elif self._lower.lookup(new.stack, new_name):
+                self._upper.set_opaque(fd)
 
     # Copy-up
 
@@ -463,8 +472,9 @@ class WritableRootfs(Rootfs):
         quota = self.quota
         if quota is not None:
             quota.require(content)
-            quota.used += content  # others go on while it is copied
         staged, fd = upper.stage()
+        if quota is not None:
+            quota.used += content  # others go on while it is copied
         try:
             yield lambda: _copy_content(reader, extents, length, fd)
             if thing.in_upper:

@@ -27,6 +27,7 @@ from rig.snapshot import TYPES, Entry, Snapshot, snapshot
 from fusestore.errors import FusestoreError, errno_of
 from fusestore.inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, run
 from fusestore.nodes import Attr, Inode
+from fusestore.quota import usage
 from fusestore.rootfs import Descriptors, Opened
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 from fusestore.union import Lower
@@ -38,6 +39,7 @@ __all__ = ["CALLER", "Area", "FakeKernel", "RealTree", "errno_from"]
 T = TypeVar("T")
 
 CALLER = Caller(uid=0, gid=0, pid=1, umask=0)
+_NEVER_REACHED = 1 << 60
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -105,6 +107,7 @@ class Area:
         inodes = Inodes()
         outer = Node(Branch(), Inode(1))
         rootfs = WritableRootfs(inodes, Descriptors(self.capacity), 0, outer, self)
+        rootfs.set_quota(_NEVER_REACHED)
         run(rootfs.prepare())
         return FakeKernel(rootfs, inodes)
 
@@ -177,10 +180,13 @@ class FakeKernel:
             self.rootfs._close_descriptor(thing)
 
     def detach(self) -> None:
-        """Close what is open, forget the tree and let go of the upper."""
+        """Close what is open, forget the tree and let go of the upper. What it takes was counted right."""
         for slot in list(self._handles):
             self.release(slot)
         self.forget()
+        if self.rootfs.attached:
+            quota = self.rootfs.quota
+            assert quota is not None and quota.used == usage(self.rootfs.root.fd)
         self.rootfs.detach()
 
     def _child(self, parent: _Dentry, name: bytes) -> _Dentry | None:
