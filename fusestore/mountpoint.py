@@ -30,7 +30,6 @@ _UNMOUNT_TIMEOUT_S = 30.0
 _KEPT_TIMEOUT_S = 3.0
 """How long an ordinary end may take, before it is looked for who keeps the mount."""
 _COMMAND_MAX = 80
-_EXIT_TIMEOUT_S = 5.0
 _POLL_S = 0.01
 
 
@@ -236,8 +235,10 @@ def _wait_for_end(store: Store, real: str, device: str | None, processes: list[i
                 "as root, look for who keeps it in another mount namespace"
             )
         time.sleep(_POLL_S)
-    # What served the mount is done; its process has little else to do.
-    select.select(processes, [], [], _EXIT_TIMEOUT_S)
+    for process in processes:
+        left_s = max(0.0, start + _UNMOUNT_TIMEOUT_S - time.monotonic())
+        if not select.select([process], [], [], left_s)[0]:
+            raise Busy(f"{real} is unmounted, and no longer served, but its process still runs: see its log")
 
 
 def detach(real: str, *, lazily: bool = False) -> None:

@@ -13,12 +13,13 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 from rig.tinyimages import make_layout
 
-from fusestore import cli, daemon
+from fusestore import cli, daemon, mountpoint
 from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from fusestore.mountpoint import check_mountpoint, detach
 from fusestore.store import Store
@@ -592,6 +593,21 @@ def test_why_nothing_was_unmounted_is_told_apart(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(error, match=advice):
         detach("/nowhere")
+
+
+def test_umount_does_not_return_while_the_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount's record ends a moment before its process does."""
+    monkeypatch.setattr(mountpoint, "_UNMOUNT_TIMEOUT_S", 0.1)
+    with Store.open(tmp_path / "store", create=True) as store, subprocess.Popen(["sleep", "60"]) as daemon:
+        records = iter([[SimpleNamespace(mountpoint=str(tmp_path), pid=daemon.pid)], []])
+        monkeypatch.setattr(store, "mounts", lambda: next(records))
+        try:
+            with pytest.raises(Busy, match="its process still runs"):
+                mountpoint.unmount(store, str(tmp_path))
+        finally:
+            daemon.kill()
 
 
 def test_a_missing_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
