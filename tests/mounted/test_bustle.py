@@ -61,6 +61,7 @@ def _mounts(mount: Mount) -> int:
 
 
 @as_root
+@pytest.mark.timeout(SECONDS + 300)
 def test_nothing_is_lost_stuck_or_left(two_mounts: list[Mount]) -> None:
     first, second = two_mounts
     person = first.person
