@@ -491,7 +491,9 @@ def _salvage(data: bytes) -> list[dict[str, Any]]:
     found, start = [], text.find("{", 1)
     while start >= 0:
         try:
-            raw, end = decoder.raw_decode(text, start)
+            _, end = decoder.raw_decode(text, start)
+            # json takes more than what is JSON, and not all of that can be written again.
+            raw = oci.parse_object(text[start:end].encode(), "index.json")
             oci.parse_descriptors({"manifests": [raw]}, "manifests", "index.json")
         except (ValueError, RecursionError, BadSource):
             end = start + 1

@@ -12,12 +12,12 @@ With atheris installed it is driven by coverage (then the arguments are libFuzze
 import os
 import random
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from isal.isal_zlib import crc32
+from rig.fuzzing import drive
 from rig.streams import STREAMS, EveryRestart, content, scan
 
 from fusestore.errors import LayerRefused, StoreDamaged
@@ -116,29 +116,5 @@ def mutated(source: random.Random) -> bytes:
     return bytes([target]) + bytes(data)
 
 
-def main() -> None:
-    try:
-        import atheris
-    except ImportError:
-        seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10
-        seed = random.randrange(1 << 32)
-        source = random.Random(seed)
-        runs = 0
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            data = mutated(source)
-            try:
-                check(data)
-            except Exception:
-                Path("fuzz_seek.crash").write_bytes(data)
-                print(f"seed {seed}, run {runs}: input is in fuzz_seek.crash", file=sys.stderr)
-                raise
-            runs += 1
-        print(f"{runs} inputs, none of them broke the invariant")
-    else:
-        atheris.Setup(sys.argv, check)
-        atheris.Fuzz()
-
-
 if __name__ == "__main__":
-    main()
+    drive(check, mutated)

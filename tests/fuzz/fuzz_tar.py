@@ -10,11 +10,11 @@ With atheris installed it is driven by coverage (then the arguments are libFuzze
 
 import random
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rig.fuzzing import drive
 from rig.indexes import decoded_pages, repacked, touch_everything
 from rig.tars import END, header, long_name, member, padded, pax
 
@@ -132,28 +132,5 @@ def mutated(rng: random.Random) -> bytes:
     return bytes((target, *data))
 
 
-def main() -> None:
-    try:
-        import atheris
-    except ModuleNotFoundError:
-        seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
-        seed = random.randrange(1 << 32)
-        print(f"seed {seed}")
-        rng, end, count = random.Random(seed), time.monotonic() + seconds, 0
-        while time.monotonic() < end:
-            data = mutated(rng)
-            try:
-                check(data)
-            except Exception:
-                print(f"input {data!r}")
-                raise
-            count += 1
-        print(f"{count} inputs, no bug")
-    else:
-        atheris.instrument_all()
-        atheris.Setup(sys.argv, check)
-        atheris.Fuzz()
-
-
 if __name__ == "__main__":
-    main()
+    drive(check, mutated)

@@ -167,6 +167,15 @@ def test_what_is_whole_in_a_damaged_index_stays(tmp_path: Path, store: Store) ->
         assert set(found) <= set(names) and {"x:1"} <= set(found) and len(found) >= 2
 
 
+def test_what_only_a_lenient_reader_takes_is_no_entry(tmp_path: Path, store: Store) -> None:
+    """A surrogate, which cannot be written again."""
+    entry = r'{"mediaType":"x","digest":"sha256:' + "0" * 64 + r'","size":1,"more":"\ud800"}'
+    text = Path(store.index_path).read_text()
+    Path(store.index_path).write_text(text.replace('"manifests":[', f'"manifests":[{entry},')[:-1])
+    _, left = repaired(tmp_path)
+    assert left == []
+
+
 def test_a_container_is_kept_with_what_was_written(tmp_path: Path, store: Store) -> None:
     upper = Path(store.upper_dir("c"))
     upper.mkdir()

@@ -1,0 +1,174 @@
+"""Fuzz target: what is read as JSON or msgpack, from images, from the store, from users and at the bell.
+
+Invariant: whatever the bytes, a value or BadInput, of the store's own files StoreDamaged, at the bell
+ValueError. Every other exception, a crash or a hang is a bug.
+
+    python tests/fuzz/fuzz_documents.py [SECONDS]
+
+With atheris installed it is driven by coverage (then the arguments are libFuzzer's), else by random mutation.
+"""
+
+import io
+import json
+import os
+import random
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import msgpack
+from rig.fuzzing import drive
+from rig.ocisources import SourceMaker, docker_archive, tar_of
+
+from fusestore import metadata, oci
+from fusestore.durable import Workspace
+from fusestore.errors import BadInput, FusestoreError, StoreDamaged
+from fusestore.images import Images
+from fusestore.layout import Layout
+from fusestore.mounts import Changed
+from fusestore.sources import open_source
+
+PLACE = Path(tempfile.mkdtemp(prefix="fusestore-fuzz-"))
+LAYOUT = Layout(str(PLACE / "store"))
+for _directory in (LAYOUT.root, *LAYOUT.directories):
+    os.mkdir(_directory)
+ID = "0" * 64
+
+
+def as_manifest(data: bytes) -> None:
+    oci.parse_manifest(data, "manifest")
+
+
+def as_config(data: bytes) -> None:
+    oci.parse_config(data, "config")
+
+
+def as_index(data: bytes) -> None:
+    oci.parse_descriptors(oci.parse_object(data, "index"), "manifests", "index")
+
+
+def as_document(data: bytes) -> None:
+    document = metadata.parse_document(data)
+    stored = {"image-name": "", "image-id": "", "created-at": 1, "mine": [1]}
+    change = metadata.merge(stored, document, "c")
+    assert json.loads(metadata.render(change.document, "c", mounted=False))["id"] == "c"
+
+
+def as_bell(data: bytes) -> None:
+    Changed.decode(data)
+
+
+def _images() -> Images:
+    return Images(LAYOUT, Workspace(tmp=LAYOUT.tmp, trash=LAYOUT.trash, lock=LAYOUT.lock))
+
+
+def as_store_index(data: bytes) -> None:
+    """Reads it, and makes of it one that is whole."""
+    Path(LAYOUT.index).write_bytes(data)
+    try:
+        catalog = _images().catalog()
+        assert set(catalog.names.values()) <= set(catalog.images)
+    except StoreDamaged:
+        _images().make_index_locked({"name": ID})
+        _images().catalog()
+
+
+def as_record(data: bytes) -> None:
+    os.makedirs(LAYOUT.image(ID), exist_ok=True)
+    Path(LAYOUT.image_record(ID)).write_bytes(data)
+    entry = {"mediaType": oci.MANIFEST_TYPE, "digest": f"sha256:{ID}", "size": 1, "annotations": {}}
+    entry["annotations"] = {"io.fusestore.image.id": ID}
+    Path(LAYOUT.index).write_bytes(oci.encode({"schemaVersion": 2, "manifests": [entry]}))
+    _images().catalog()
+
+
+def as_archive(data: bytes) -> None:
+    path = PLACE / "archive.tar"
+    path.write_bytes(data)
+    for kind in ("oci-archive", "docker-archive"):
+        try:
+            with open_source(f"{kind}:{path}") as source:
+                for layer in source.layers:
+                    with closing(layer.open()) as reader:
+                        while reader.read(1 << 16):
+                            pass
+        except FusestoreError as error:
+            assert isinstance(error, BadInput)
+
+
+READERS: list[tuple[Callable[[bytes], None], type[Exception]]] = [
+    (as_manifest, BadInput),
+    (as_config, BadInput),
+    (as_index, BadInput),
+    (as_document, FusestoreError),
+    (as_bell, ValueError),
+    (as_store_index, StoreDamaged),
+    (as_record, StoreDamaged),
+    (as_archive, BadInput),
+]
+
+
+def check(data: bytes) -> None:
+    if not data:
+        return
+    reader, declared = READERS[data[0] % len(READERS)]
+    try:
+        reader(data[1:])
+    except declared:
+        pass
+
+
+def _seeds() -> list[list[bytes]]:
+    maker = SourceMaker()
+    tars = [tar_of({"etc/passwd": b"root"}), tar_of({"app": b"1"}, {"link": "app"})]
+    maker.add(maker.image(tars), "x:1").add(maker.index(maker.image(tars[:1])), "many")
+    files = {name: data for name, data in maker.files.items() if data.startswith(b"{")}
+    documents = list(files.values())
+    index = oci.encode({"schemaVersion": 2, "manifests": maker.manifests})
+    user = [b'{"a":1,"name":"n","mounted":true,"mountlabel":"x","image-name":"i","image-id":"0"}']
+    digest = f"sha256:{ID}"
+    record = {"version": 1, "manifest": digest, "created": "", "architecture": "amd64", "os": "linux"}
+    records = [msgpack.packb({**record, "layers": [[digest, digest, 1, "type"]]})]
+    directory = Path(maker.directory(PLACE / "source").removeprefix("oci:").split(":")[0])
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.add(directory, ".")
+    docker = tar_of(docker_archive(tars, ["x:1"]))
+    return [
+        documents, documents, [*documents, index], user, [Changed("images", ID).encode()], [index], records,
+        [archive.getvalue(), docker],
+    ]  # fmt: skip
+
+
+SEEDS = _seeds()
+TOKENS = (
+    *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"true", b"-1", b"1e999", b"NaN"),
+    *(b"99999999999999999999", b"\\ud800", b"\\u0000", b"\xff", b"[" * 2000, b'{"a":' * 2000),
+    *(b"sha256:", b"..", b"/", b"mediaType", b"digest"),
+)
+
+
+def mutated(source: random.Random) -> bytes:
+    target = source.randrange(len(READERS))
+    data = bytearray(source.choice(SEEDS[target]))
+    for _ in range(source.choice((0, 1, 1, 2, 3, 8))):
+        place = source.randrange(len(data) + 1)
+        match source.randrange(4):
+            case 0:
+                data[place : place + 1] = source.randbytes(1)
+            case 1:
+                del data[place : place + source.randrange(1, 30)]
+            case 2:
+                data[place:place] = source.choice(TOKENS)
+            case _:
+                data[place : place + source.randrange(20)] = source.choice(TOKENS)
+    return bytes([target]) + bytes(data)
+
+
+if __name__ == "__main__":
+    drive(check, mutated)
