@@ -28,7 +28,7 @@ from fusestore import durable
 EXIT = "exit before and after each change"
 FAULTS: dict[str, type[Dying]] = {
     "death at each change": Dying,
-    "one ENOSPC": Failing,
+    "one error of the disk": Failing,
     "full from then on": Full,
     "SIGINT": Interrupted,
 }

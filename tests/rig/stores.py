@@ -91,12 +91,18 @@ class Exiting(Unsynced):
 
 
 class Failing(Dying):
-    """Instead of dying fails once, as a full disk does."""
+    """Instead of dying fails once, with an errno that depends on the step: each has its turn."""
+
+    ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self.number = self.ERRNOS[steps % len(self.ERRNOS)]
 
     def step(self) -> None:
         self.left -= 1
         if self.left == -1:
-            raise OSError(errno.ENOSPC, "no space")
+            raise OSError(self.number, os.strerror(self.number))
 
 
 class Interrupted(Dying):

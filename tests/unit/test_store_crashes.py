@@ -64,18 +64,25 @@ def test_old_or_new_after_every_step(
 def test_whoever_goes_on_after_an_error_has_the_old_or_the_new(
     tmp_path: Path, one: str, two: str, name: str, fault: type[Dying], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And hears which error it was, an errno of `Failing` in turn; what was not done can be done again."""
     old, new = old_and_new(tmp_path, one, two, OPERATIONS[name])
-    done = False
     for steps in range(0, 1000, STRIDES.get(name, 1)):
-        with open_at(fresh(tmp_path, steps)) as store, monkeypatch.context() as patch:
-            patch.setattr(durable, "disk", fault(steps))
-            with contextlib.suppress(OSError, KeyboardInterrupt):
-                OPERATIONS[name](store, two)
-                done = True
+        disk = fault(steps)
+        with open_at(fresh(tmp_path, steps)) as store:
+            try:
+                with monkeypatch.context() as patch:
+                    patch.setattr(durable, "disk", disk)
+                    OPERATIONS[name](store, two)
+                return
+            except OSError as error:
+                assert isinstance(disk, Failing) and error.errno == disk.number
+            except KeyboardInterrupt:
+                assert fault is Interrupted
             assert state(store) in (old, new), f"after {steps} steps"
             assert check(store) == [], f"after {steps} steps"
-        if done:
-            break
+            if state(store) == old:
+                OPERATIONS[name](store, two)
+                assert state(store) == new
 
 
 def test_an_intent_that_cannot_be_fulfilled_stays(
