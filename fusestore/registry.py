@@ -138,7 +138,7 @@ class Registry:
         location = response.headers.get("location")
         if location is None:
             raise RegistryFailed(f"{self.reference.registry} does not say where blobs go: it is no registry")
-        return location
+        return self.transport.url(location)
 
     def _mount(self, digest: Digest, mount_from: str) -> Response | None:
         """None: it may not be read there, which is no reason not to push."""

@@ -188,7 +188,16 @@ class Transport:
 
     def url(self, path: str) -> str:
         """Of a path at the registry; a whole URL stays as it is. Raises Transient where nothing answers."""
-        return urljoin(self._base(), path)
+        return self._joined(self._base(), path)
+
+    def _joined(self, base: str, location: str) -> str:
+        try:
+            return urljoin(base, location)
+        except ValueError:
+            raise self._lost() from None
+
+    def _lost(self) -> RegistryFailed:
+        return RegistryFailed(f"{self.name} sends us to no address: check the name")
 
     def request(
         self,
@@ -258,7 +267,7 @@ class Transport:
             self.drop(response)
             if method not in ("GET", "HEAD"):
                 raise RegistryFailed(f"{self.name} wants uploads sent elsewhere: give the name it has there")
-            url = urljoin(url, location)
+            url = self._joined(url, location)
         raise RegistryFailed(f"{self.name} sends us round in circles: check the name")
 
     def _send(
@@ -286,7 +295,7 @@ class Transport:
             except ProxySchemeUnknown:
                 raise RegistryFailed("https_proxy or http_proxy names no proxy: mend or unset it") from None
             except LocationValueError:
-                raise RegistryFailed(f"{self.name} sends us to no address: check the name") from None
+                raise self._lost() from None
             except (HTTPError, UnicodeError) as error:
                 if _is_distrust(error):
                     raise RegistryFailed(
@@ -373,7 +382,7 @@ class Transport:
         return ""
 
     def _token(self, challenge: Mapping[str, str], scopes: tuple[str, ...]) -> str:
-        realm, service = challenge.get("realm", ""), challenge.get("service", "")
+        realm, service = self._joined(self._origin, challenge.get("realm", "")), challenge.get("service", "")
         fields = [("service", service)] if service else []
         credentials = self._credentials
         if credentials is not None and credentials.identity_token:

@@ -8,9 +8,12 @@ import os
 import random
 import re
 import secrets
+import socketserver
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ from fusestore.transport import Patience
 pytestmark = pytest.mark.images
 
 BLOB_SIZE = 1 << 20
+LOGIN = Credentials(USER, PASSWORD)
 QUICK = Patience(attempts=4, pause_s=0.01, pause_max_s=3, stall_s=0.4)
 SECRETS = re.compile(rf"{PASSWORD}|t0ken|Bearer|Basic|secret-in-the-url", re.IGNORECASE)
 
@@ -300,6 +304,66 @@ def test_layers_are_fetched_side_by_side(store: Store, proxy: Proxy, big: str) -
     assert len(proxy.requests(BLOBS)) == 3
 
 
+@contextmanager
+def _answering(answer: bytes) -> Iterator[str]:
+    """The name of a registry that answers everything with these bytes."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            is_http = self.rfile.readline().endswith(b" HTTP/1.1\r\n")
+            while is_http and self.rfile.readline().strip():
+                pass
+            with suppress(OSError):
+                self.wfile.write(answer)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+MOVED = b"HTTP/1.1 307 Moved\r\nContent-Length: 0\r\nLocation: "
+WHO = b"HTTP/1.1 401 Who\r\nContent-Length: 0\r\nWWW-Authenticate: "
+END = b"\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"\0" * 100, b"\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 99999 OK\r\n\r\n",
+        b"HTTP/1.1 304 Same\r\n\r\n", b"HTTP/1.1 200", OK + b"a" * 70000, OK + b"a: b\r\n" * 200 + b"\r\n",
+        OK + b"Content-Length: -5" + END, OK + b"Content-Length: x" + END + b"{}",
+        OK + b"Content-Length: 2\r\nContent-Length: 3" + END + b"{}", OK + b"Content-Length: 2" + END + b"[]",
+        OK + b"Content-Length: 2" + END + b"{}", OK + b"Content-Length: 99" + END + b"{}",
+        OK + b"Transfer-Encoding: chunked" + END + b"zz\r\n", OK + b"Content-Encoding: gzip" + END + b"{}",
+        OK + b"\xff\xfe: \xff" + END, MOVED + b"http://[::1/x" + END, MOVED + b"https://" + END,
+        MOVED + b"//" + END, MOVED + b"https://127.0.0.1:99999/" + END, MOVED + b"\xff://\xff" + END,
+        MOVED + b"http://127.0.0.1:1/ \x01" + END, MOVED + b"file:///etc/passwd" + END, WHO + END,
+        WHO + b"Bearer" + END, WHO + b'Bearer realm=""' + END, WHO + b'Bearer realm="http://[::1"' + END,
+        WHO + b'Bearer realm="http://192.0.2.1/"' + END, WHO + b'Bearer realm="https://127.0.0.1:1/"' + END,
+        WHO + b"\xff" + END, WHO + b"Digest x=y" + END, WHO + b"Basic realm=x" + END,
+    ],
+)  # fmt: skip
+def test_who_is_no_registry(store: Store, answer: bytes) -> None:
+    """Whatever answers, it is one line, and a password goes nowhere that is not safe."""
+    options = RegistryOptions(lambda _: LOGIN, patience=replace(QUICK, attempts=2))
+    with _answering(answer) as name, pytest.raises(FusestoreError) as raised:
+        pull(store, f"{name}/app", options=options)
+    assert "\n" not in str(raised.value) and not SECRETS.search(str(raised.value))
+    _keeps_nothing(store)
+
+
 def test_nobody_listens(store: Store, proxy: Proxy) -> None:
     with pytest.raises(RegistryFailed, match=r"127\.0\.0\.1:1 cannot be reached, 4 times in a row"):
         pull(store, "127.0.0.1:1/app", options=RegistryOptions(patience=QUICK))
@@ -315,8 +379,6 @@ def test_how_often_is_tried_if_nothing_else_is_said(store: Store, proxy: Proxy) 
 
 
 # Rights
-
-LOGIN = Credentials(USER, PASSWORD)
 
 
 def test_tokens_without_a_login(store: Store, proxy: Proxy, pushed: Pushed) -> None:
