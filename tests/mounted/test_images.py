@@ -270,3 +270,15 @@ def test_what_import_adds_is_seen_at_once(fresh: Mount, images: Images) -> None:
     fresh.fusestore("import", images.debian.source).ok()
     assert fresh.sh("cat images/debian/rootfs/lower/becomes-file").ok() == "now a file\n"
     assert "debian" in fresh.sh("ls images").ok().split()
+
+
+def test_gc_beside_a_mount_takes_what_nobody_needs(fresh: Mount) -> None:
+    """The mount shows it at once, and keeps the cache that it reads from."""
+    script = """
+        mkdir containers/c; cat containers/c/rootfs/bin/busybox > /dev/null
+        rm images/*[!0-9a-f]*
+        fusestore gc; ls images | wc -l
+        fusestore rm c; fusestore gc | grep -c 'no name, and no container'; ls images | wc -l
+        ls ../store/blobs/sha256 | wc -l
+    """
+    assert fresh.sh(script).ok().splitlines() == ["0 bytes given back", "1", "1", "0", "0"]
