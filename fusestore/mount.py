@@ -154,7 +154,7 @@ def run(
         stack.callback(os.close, disk)
         stack.callback(_sync, disk)
         departure = _Departure(mountpoint, tree, reopen_log)
-        device = _init(filesystem, mountpoint, options)
+        device = _init(filesystem, store.path, mountpoint, options)
         stack.callback(_close, device, departure)
         departure.device = device_at(mountpoint)
         record = store.record_mount(mountpoint, os.getpid(), chosen.name)
@@ -164,20 +164,21 @@ def run(
     _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
 
 
-def _init(filesystem: Filesystem, mountpoint: str, options: set[str]) -> int:
+def _init(filesystem: Filesystem, source: str, mountpoint: str, options: set[str]) -> int:
     """Mounts. The device of root's mount, which libfuse did not make, and -1 for others.
 
     libfuse and fusermount3 say on standard error why they cannot: that goes into the exception.
     """
     if os.geteuid() == 0:
-        device = attach(mountpoint, options)
+        device = attach(source, mountpoint, options)
         pyfuse3.init(filesystem, f"/dev/fd/{device}", set())
         return device
     own = os.dup(2)
     said = os.memfd_create("stderr")
     os.dup2(said, 2)
     try:
-        pyfuse3.init(filesystem, mountpoint, {"fsname=fusestore", "subtype=fusestore", *options})
+        escaped = source.replace("\\", r"\\").replace(",", r"\,")
+        pyfuse3.init(filesystem, mountpoint, {f"fsname={escaped}", "subtype=fusestore", *options})
         return -1
     except RuntimeError as error:
         reasons = os.pread(said, 1 << 12, 0).decode(errors="replace").strip().splitlines() or [str(error)]

@@ -165,8 +165,9 @@ def _clear_dead(mountpoint: str) -> bool:
     return False
 
 
-def attach(real: str, options: set[str]) -> int:
+def attach(source: str, real: str, options: set[str]) -> int:
     """Root's mount: its device, the caller's to close. `options` of mount.fuse3(8) that the kernel knows.
+    `source` is what mount(8) lists, and by which it knows what in fstab is mounted already.
 
     libfuse would do it but for MS_POSIXACL: without that the kernel takes the umask off every mode before it
     comes here, and no default ACL can be inherited (fs/fuse/inode.c, dont_mask).
@@ -178,7 +179,8 @@ def attach(real: str, options: set[str]) -> int:
     given = f"fd={device},rootmode={stat.S_IFDIR:o},user_id=0,group_id={os.getegid()}"
     flags = MS_NOSUID | MS_NODEV | MS_POSIXACL
     try:
-        mount(b"fusestore", os.fsencode(real), _OURS.encode(), flags, ",".join([given, *options]).encode())
+        words = os.fsencode(source), os.fsencode(real), _OURS.encode()
+        mount(*words, flags, ",".join([given, *options]).encode())
     except OSError as error:
         os.close(device)
         raise FusestoreError(

@@ -49,6 +49,19 @@ def test_a_relative_mount_point_and_store_work(unmounted: Mount) -> None:
     unmounted.fusestore(*options, "umount", "./mnt/", cwd=unmounted.base).ok()
 
 
+@pytest.mark.parametrize("name", ["store", "a, b\\c"])
+def test_a_mount_names_its_store_as_its_source(unmounted: Mount, name: str) -> None:
+    script = """
+        cp -a store "$1"; export FUSESTORE_STORE=$PWD/$1
+        fusestore mount mnt; findmnt --noheadings --raw --output SOURCE mnt; fusestore umount mnt
+    """
+    if name == "store":
+        script = script.replace('cp -a store "$1"; ', "")
+    result = unmounted.person.run("bash", "-c", script, "bash", name, cwd=unmounted.base,
+                                  env=unmounted.environment)  # fmt: skip
+    assert result.ok().strip().replace("\\x20", " ").replace("\\x5c", "\\") == f"{unmounted.base}/{name}"
+
+
 def test_fusermount_ends_the_process_too(fresh: Mount) -> None:
     command = ["umount"] if fresh.person.is_root else ["fusermount3", "-u"]
     fresh.person.run(*command, fresh.mountpoint).ok()

@@ -85,6 +85,7 @@ def test_mount_mounts_the_line_of_the_fstab(unmounted: Mount) -> None:
         mount -t tmpfs none /usr/local/bin; ln -s "$(command -v fusestore)" /usr/local/bin
         mount --fstab fstab new
         findmnt --noheadings --output FSTYPE new
+        mount --fstab fstab --all
         mkdir new/containers/c; cat new/containers/c/rootfs/etc/hostname
         fusestore umount new
         mount -t fuse.fusestore "$FUSESTORE_STORE" new -o ro 2>&1 | grep -o 'ro is not known'
