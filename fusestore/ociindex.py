@@ -9,6 +9,7 @@ image-layout.md). What differs from the store's is done in this order, so that w
 * A name that is missing: it is taken away. The image stays, as it does after ``rm images/NAME``.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from .images import INDEX_MAX
 from .layout import ANNOTATION_NAME, OCI_LAYOUT_VERSION
 from .names import digest_hex, parse_digest
 from .nodes import Digest
-from .store import Scratch, Store
+from .store import Catalog, Scratch, Store
 
 __all__ = ["apply_index"]
 
@@ -26,28 +27,35 @@ _NESTING_MAX = 3
 """Indexes inside indexes."""
 
 
-def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str]) -> None:
+def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: Catalog | None) -> None:
     """Makes the store have what the index `data` has. `staged`: verified blobs, and paths to read them.
+
+    `base`: what who wrote it had read before, where that is known: only what differs from it is done, so that
+    programs that write at the same time do not undo each other's names.
 
     Raises BadSource and what importing raises; then images before the one that is wrong are there.
     """
     document = oci.parse_object(data, "index.json", INDEX_MAX)
     wanted = oci.parse_descriptors(document, "manifests", "index.json")
-    before = store.catalog()
-    known = {entry.raw.get("digest"): entry.image_id for entry in before.entries}
+    now = store.catalog()
+    base = base or now
+    known = {entry.raw.get("digest"): entry.image_id for entry in now.entries}
+    read = {entry.raw.get("digest") for entry in base.entries}
     names: dict[str, str] = {}
     """Name → id, of what need not be imported."""
     for descriptor in wanted:
         name = descriptor.annotations.get(ANNOTATION_NAME)
-        if descriptor.digest not in known:
+        if descriptor.digest not in known and descriptor.digest not in read:
             _import(store, descriptor, name, staged)
-        elif name is not None and (image_id := known[descriptor.digest]) is not None:
+        elif name is not None and (image_id := known.get(descriptor.digest)) is not None:
             names[name] = image_id
     for name, image_id in names.items():
-        if before.names.get(name) != image_id:
+        if base.names.get(name) != image_id:
             store.tag(image_id, name, replace=True)
-    for name in before.names.keys() - {one.annotations.get(ANNOTATION_NAME) for one in wanted}:
-        store.untag(name)
+    for name in base.names.keys() - {one.annotations.get(ANNOTATION_NAME) for one in wanted}:
+        if now.names.get(name) == base.names[name]:
+            with contextlib.suppress(errors.NotFound):  # another took it away just now
+                store.untag(name)
 
 
 def _import(store: Store, descriptor: oci.Descriptor, name: str | None, staged: Mapping[Digest, str]) -> None:

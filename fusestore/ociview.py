@@ -18,6 +18,7 @@ the same digest. Each version of index.json is a node of its own, as the kernel 
 """
 
 import os
+from collections import OrderedDict
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,7 +31,7 @@ from .names import parse_digest
 from .nodes import Attr, Digest, Inode
 from .ociindex import apply_index
 from .stagedfile import StagedFile, StagedHandle
-from .store import Store
+from .store import Catalog, Store
 from .synthetic import MANY_LINKS, SHARED_S, BytesHandle, Owner
 from .syscalls import RENAME_NOREPLACE
 
@@ -38,6 +39,9 @@ __all__ = ["OciView"]
 
 _STAGED_MAX = 512
 """Files written here that no image has: each is a descriptor. An image has up to 127 layers."""
+
+_BASES_MAX = 256
+"""Processes whose last look at index.json is remembered."""
 
 _WHOLE = "what is in views/oci is written anew as a whole, or not at all"
 
@@ -103,6 +107,8 @@ class OciView(Branch):
         """Documents and blobs by path."""
         self._staged: dict[str, StagedFile] = {}
         self.root = _Dir(self, inodes.number(), parent, "")
+        self._bases: OrderedDict[int, Catalog] = OrderedDict()
+        """What a process has read last of index.json, by its id; of the last that did."""
         self._dirs = {"": self.root}
         for path in ("blobs", _BLOBS):
             self._make_dir(self._dirs[os.path.dirname(path)], path)
@@ -207,6 +213,7 @@ class OciView(Branch):
         if flags & os.O_ACCMODE == os.O_RDONLY:
             if isinstance(node, _Blob):
                 return BlobHandle(node, node.file, node.size)
+            self._note_base(node, caller)
             return BytesHandle(node, node.data)
         if not flags & os.O_TRUNC:
             raise errors.ReadOnly(_WHOLE)
@@ -214,6 +221,14 @@ class OciView(Branch):
         path = node.path if isinstance(node, _Document) else f"{_BLOBS}/{os.path.basename(node.file)}"
         self._known.pop(path, None)
         return self._opened(self._new_file(node.directory, path, 0o644, caller), flags)
+
+    def _note_base(self, document: _Document, caller: Caller) -> None:
+        process = _process(caller.pid)
+        if document.path == _INDEX and process is not None:
+            self._bases[process] = self._store.catalog()
+            self._bases.move_to_end(process)
+            if len(self._bases) > _BASES_MAX:
+                self._bases.popitem(last=False)
 
     def create(
         self, node: Node, name: bytes, mode: int, flags: int, caller: Caller
@@ -229,8 +244,9 @@ class OciView(Branch):
             raise errors.NoSpace(
                 f"views/oci holds {_STAGED_MAX} files of no image: remove some, or mount the store again"
             )
+        base = self._bases.get(_process(caller.pid) or 0)
         fd = self._store.unnamed_file()
-        return StagedFile(self, self._inodes.number(), directory, path, fd, mode, caller)
+        return StagedFile(self, self._inodes.number(), directory, path, fd, mode, caller, base)
 
     def _opened(self, file: StagedFile, flags: int) -> StagedHandle:
         return StagedHandle(file, flags, self._check, self._released)
@@ -269,7 +285,7 @@ class OciView(Branch):
             if (digest := _digest_of(path)) is not None and one.is_sound(digest)
         }
         paths = {digest: f"/proc/self/fd/{one.fd}" for digest, one in blobs.items()}
-        yield lambda: apply_index(self._store, _read(file), paths)
+        yield lambda: apply_index(self._store, _read(file), paths, file.base)
         for digest, one in blobs.items():
             if os.path.exists(self._store.blob_path(digest)):
                 self._drop(one)
@@ -345,6 +361,16 @@ def _digest_of(path: str) -> Digest | None:
         return parse_digest(f"sha256:{name}") if directory == _BLOBS else None
     except errors.BadName:
         return None
+
+
+def _process(thread: int) -> int | None:
+    """The process that a thread is of: a program's threads share what one of them read."""
+    try:
+        with open(f"/proc/{thread}/status", "rb") as file:
+            (line,) = (line for line in file if line.startswith(b"Tgid:"))
+    except (OSError, ValueError):
+        return None
+    return int(line.split()[1])
 
 
 def _read(file: StagedFile) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from .inodes import Branch, Caller, Changes, FileHandle, Maybe, Node, Steps
 from .nodes import Attr, Digest, Inode
+from .store import Catalog
 
 __all__ = ["StagedFile", "StagedHandle"]
 
@@ -19,19 +20,31 @@ __all__ = ["StagedFile", "StagedHandle"]
 class StagedFile(Node):
     """A file in the view. Its name is asked for each time: a blob of the store may take its place."""
 
-    __slots__ = ("_gid", "_mode", "_sound", "_uid", "directory", "fd", "path", "writers")
+    __slots__ = ("_gid", "_mode", "_sound", "_uid", "base", "directory", "fd", "path", "writers")
 
     entry_timeout_s = 0.0
     attr_timeout_s = 0.0
 
     def __init__(
-        self, branch: Branch, ino: Inode, directory: Node, path: str, fd: int, mode: int, caller: Caller
+        self,
+        branch: Branch,
+        ino: Inode,
+        directory: Node,
+        path: str,
+        fd: int,
+        mode: int,
+        caller: Caller,
+        base: Catalog | None,
     ) -> None:
-        """`path`: where it is in the view; `fd`: what `Store.unnamed_file` gave, the object's own now."""
+        """`path`: where it is in the view; `fd`: what `Store.unnamed_file` gave, the object's own now.
+
+        `base`: what the process that makes it knew of the store.
+        """
         super().__init__(branch, ino)
         self.directory = directory
         self.path = path
         self.fd = fd
+        self.base = base
         self.writers = 0
         """Open handles that may write."""
         self._mode = stat.S_IMODE(mode & ~caller.umask)

@@ -361,3 +361,11 @@ def test_what_was_written_and_never_used_is_gone_with_the_mount(fresh: Mount) ->
     fresh.umount()
     fresh.mount()
     assert "left" not in fresh.sh("ls views/oci").ok()
+
+
+def test_copies_at_once_keep_each_others_names(fresh: Mount, images: Images) -> None:
+    copy = f"skopeo --insecure-policy copy --quiet {images.busybox.source} oci:$PWD/views/oci:"
+    fresh.sh(
+        f"for n in 1 2 3 4 5 6; do {copy}app$n & jobs+=($!); done; for j in ${{jobs[@]}}; do wait $j; done"
+    ).ok()
+    assert {f"app{number}" for number in range(1, 7)} <= set(fresh.sh("ls images").ok().split())

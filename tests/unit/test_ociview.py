@@ -13,7 +13,7 @@ from rig.tinyimages import make_layout
 from rig.treeshell import TreeShell
 
 from fusestore import errors
-from fusestore.inodes import Changes
+from fusestore.inodes import Caller, Changes, run
 from fusestore.store import Store
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
@@ -212,3 +212,30 @@ def test_so_many_files_are_too_many(shell: TreeShell, monkeypatch: pytest.Monkey
 def test_nothing_written_here_has_a_name_on_disk(shell: TreeShell, store: Store) -> None:
     shell.write("views/oci/a", b"data")
     assert not list(Path(store.path, "tmp").iterdir())
+
+
+def test_a_process_undoes_no_name_that_it_never_saw(shell: TreeShell, store: Store) -> None:
+    caller = Caller(uid=0, gid=0, pid=os.getpid(), umask=0o022)
+    before = json.loads(_read_as(shell, caller))
+    store.tag("app", "others")
+    store.untag("default")
+    before["manifests"] = [one for one in before["manifests"] if one["annotations"][NAME] != "app"]
+    before["manifests"].append({**before["manifests"][0], "annotations": {NAME: "mine"}})
+    _write_as(shell, caller, json.dumps(before).encode())
+    assert store.image_names().keys() == {"mine", "others"}
+
+
+def _read_as(shell: TreeShell, caller: Caller) -> bytes:
+    with shell.walk(INDEX) as entry:
+        fh, _ = run(shell.tree.open(entry.node.ino, os.O_RDONLY, caller))
+        data = run(shell.tree.read(fh, 0, 1 << 20))
+        run(shell.tree.release(fh))
+    return data
+
+
+def _write_as(shell: TreeShell, caller: Caller, data: bytes) -> None:
+    with shell.walk(INDEX) as entry:
+        fh, _ = run(shell.tree.open(entry.node.ino, os.O_WRONLY | os.O_TRUNC, caller))
+        run(shell.tree.write(fh, 0, data))
+        run(shell.tree.flush(fh))
+        run(shell.tree.release(fh))
