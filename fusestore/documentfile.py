@@ -56,6 +56,8 @@ class DocumentNode(Node):
 
 
 class DocumentReader(BytesHandle):
+    """Past the page cache: who opens the document to write has the kernel take its size for 0."""
+
     __slots__ = ()
     direct_io = True
     keep_cache = False

@@ -23,6 +23,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from . import errors, oci
+from .documentfile import DocumentReader
 from .images import INDEX_MAX
 from .imagetree import BlobHandle
 from .inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, Steps
@@ -32,7 +33,7 @@ from .nodes import Attr, Digest, Inode
 from .ociindex import apply_index
 from .stagedfile import StagedFile, StagedHandle
 from .store import Catalog, Store
-from .synthetic import MANY_LINKS, SHARED_S, BytesHandle, Owner
+from .synthetic import MANY_LINKS, SHARED_S, Owner
 from .syscalls import RENAME_NOREPLACE
 
 __all__ = ["OciView"]
@@ -93,6 +94,14 @@ class _Document(Node):
         self.directory = directory
         self.path = path
         self.data = data
+
+
+class _BlobReader(BlobHandle):
+    """Past the page cache: who writes the blob again has the kernel take its size for 0, for readers too."""
+
+    __slots__ = ()
+    direct_io = True
+    keep_cache = False
 
 
 class OciView(Branch):
@@ -212,9 +221,9 @@ class OciView(Branch):
         assert isinstance(node, (_Blob, _Document))
         if flags & os.O_ACCMODE == os.O_RDONLY:
             if isinstance(node, _Blob):
-                return BlobHandle(node, node.file, node.size)
+                return _BlobReader(node, node.file, node.size)
             self._note_base(node, caller)
-            return BytesHandle(node, node.data)
+            return DocumentReader(node, node.data)
         if not flags & os.O_TRUNC:
             raise errors.ReadOnly(_WHOLE)
         # The kernel takes the node's size for what is written now: the next lookup finds another node.

@@ -365,7 +365,12 @@ def test_what_was_written_and_never_used_is_gone_with_the_mount(fresh: Mount) ->
 
 def test_copies_at_once_keep_each_others_names(fresh: Mount, images: Images) -> None:
     copy = f"skopeo --insecure-policy copy --quiet {images.busybox.source} oci:$PWD/views/oci:"
-    fresh.sh(
-        f"for n in 1 2 3 4 5 6; do {copy}app$n & jobs+=($!); done; for j in ${{jobs[@]}}; do wait $j; done"
-    ).ok()
+    start = f"for n in 1 2 3 4 5 6; do {copy}app$n & jobs+=($!); done"
+    fresh.sh(f"{start}; for job in ${{jobs[@]}}; do wait $job || exit; done").ok()
     assert {f"app{number}" for number in range(1, 7)} <= set(fresh.sh("ls images").ok().split())
+
+
+@pytest.mark.parametrize("path", ["index.json", "blobs/sha256/$(ls views/oci/blobs/sha256 | head -1)"])
+def test_who_reads_is_not_cut_off_by_who_writes(fresh: Mount, path: str) -> None:
+    script = f"cp views/oci/{path} $1; exec 3< views/oci/{path} 4> views/oci/{path}; cmp $1 - <&3; cat $1 >&4"
+    fresh.sh(script, fresh.base / "copy").ok()
