@@ -18,6 +18,7 @@ if [ "${1-}" = dev ]; then
         acl
         attr
         buildah
+        curl
         crun
         docker-registry
         e2fsprogs

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rig.images import Images
 from rig.mounts import Mount, wait_until
-from rig.people import Result, as_root
+from rig.people import Result, as_root, as_user
 from rig.podman import Podman, podman_of
 from rig.snapshot import Entry, differences, snapshot
 from rig.tinyimages import make_layout
@@ -186,6 +186,20 @@ def test_a_podman_that_lives_long_sees_images_come_and_go(fresh: Mount, images: 
             service.wait(timeout=30)
 
 
+@as_user
+def test_a_plain_user_mounts_the_store_where_podman_works(unmounted: Mount) -> None:
+    mountpoint, environment = unmounted.mountpoint, unmounted.environment
+    with podman_of(unmounted.person, mountpoint / "views/podman") as podman:
+        assert podman.unshare("fusestore", "mount", mountpoint, env=environment).code == 0
+        try:
+            script = "echo hello > /etc/new; chown 5:5 /bin/busybox; cat /etc/new; stat -c %u:%g /bin/busybox"
+            result = podman.run("--rm", "busybox", "sh", "-c", script)
+            assert (result.code, result.out) == (0, "hello\n5:5\n"), result.err
+        finally:
+            result = podman.unshare("fusestore", "umount", mountpoint, env=environment)
+        assert result.code == 0, result.err
+
+
 def test_the_generation_is_that_of_the_images(fresh: Mount, images: Images) -> None:
     read = "cat views/podman/overlay-images/images.lock"
     first = fresh.sh(read).ok()
@@ -195,6 +209,15 @@ def test_the_generation_is_that_of_the_images(fresh: Mount, images: Images) -> N
     assert second != first
     fresh.sh("rm images/other").ok()
     assert fresh.sh(read).ok() == first
+
+
+@as_root
+def test_a_container_of_podmans_loses_an_image_that_is_deleted(fresh: Mount) -> None:
+    with podman_of(fresh.person, fresh.mountpoint / "views/podman") as podman:
+        root = podman("mount", podman("create", "busybox").ok().strip()).ok().strip()
+        fresh.expect("layer blob .* No such file")
+        fresh.sh("rmdir images/$(basename $(readlink images/busybox))").ok()
+        fresh.person.run("cat", f"{root}/bin/busybox").fails_with(errno.EIO)
 
 
 def test_a_layer_whose_image_is_gone_is_gone(fresh: Mount) -> None:

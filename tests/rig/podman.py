@@ -1,5 +1,6 @@
 """Debian's podman, with storage of a test's own. Blocking."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,14 +18,22 @@ class Podman:
     def __init__(self, person: Person, base: Path, image_store: Path) -> None:
         self.person = person
         self.base = base
-        self.command: tuple[str | Path, ...] = (
+        self._own: tuple[str | Path, ...] = (
             "podman", "--root", base / "root", "--runroot", base / "run", "--storage-driver", "overlay",
-            "--storage-opt", f"additionalimagestore={image_store}",
             "--cgroup-manager", "cgroupfs", "--events-backend", "file",
         )  # fmt: skip
+        self.command = (*self._own, "--storage-opt", f"additionalimagestore={image_store}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"XDG_RUNTIME_DIR": str(self.base / "runtime")}
 
     def __call__(self, *arguments: str | Path) -> Result:
-        return self.person.run(*self.command, *arguments)
+        return self.person.run(*self.command, *arguments, env=self.environment)
+
+    def unshare(self, *command: str | Path, env: dict[str, str]) -> Result:
+        """`command` in the user namespace where a plain user's podman works, of which it keeps one."""
+        return self.person.run(*self._own, "unshare", *command, env={**self.environment, **env})
 
     def run(self, *arguments: str | Path) -> Result:
         """``podman run``, so that it works without CAP_SYS_RESOURCE and beside cgroups of both versions."""
@@ -39,13 +48,19 @@ class Podman:
 
 @contextmanager
 def podman_of(person: Person, image_store: Path) -> Iterator[Podman]:
-    """Root's; its containers and mounts are taken away at the end."""
+    """The person's; its containers and mounts are taken away at the end."""
     base = Path(tempfile.mkdtemp(prefix="podman-", dir="/var/tmp"))  # it wants 50 characters at most
+    (base / "runtime").mkdir()
+    if not person.is_root:
+        for directory in (base, base / "runtime"):
+            os.chown(directory, person.uid, person.gid)
     podman = Podman(person, base, image_store)
     try:
         yield podman
-        podman("rm", "--all", "--force", "--time", "0")
     finally:
+        podman("rm", "--all", "--force", "--time", "0")
+        if not person.is_root:
+            podman("system", "migrate")  # ends the process that keeps its user namespace
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if (mount := line.split()[4]).startswith(f"{base}/"):
                 person.run("umount", "-l", mount)
