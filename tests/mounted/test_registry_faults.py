@@ -503,3 +503,23 @@ def test_a_push_fails(filled: Store, proxy: Proxy, fault: Fault, message: str) -
         push(filled, "app", _new_name(proxy), options=RegistryOptions(patience=QUICK))
     assert not SECRETS.search(str(raised.value))
     assert not proxy.requests("^PUT .*/manifests/") or "400" in message
+
+
+def test_layers_come_from_another_repository_of_the_registry(filled: Store, proxy: Proxy) -> None:
+    """With the right to read there."""
+    filled.tag("app", f"{proxy.name}/faults/app:1")
+    proxy.wants_tokens = True
+    name = _new_name(proxy)
+    push(filled, "app", name, options=RegistryOptions(patience=QUICK))
+    assert [seen.status for seen in proxy.requests("^POST .*mount=") if seen.status != 401] == [201, 201]
+    assert len(proxy.requests("^PUT .*/uploads/")) == 1  # the config
+    repository = name.partition("/")[2].removesuffix(":1")
+    assert f"repository:faults/app:pull repository:{repository}:pull,push" in proxy.scopes
+
+
+def test_a_layer_that_may_not_be_had_from_there_is_sent(filled: Store, proxy: Proxy) -> None:
+    filled.tag("app", f"{proxy.name}/faults/app:1")
+    proxy.faults = [Fault("^POST .*mount=", _status(403))]
+    push(filled, "app", _new_name(proxy), options=RegistryOptions(patience=QUICK))
+    assert proxy.faults[0].done == 2
+    assert len(proxy.requests("^PUT .*/uploads/")) == 3
