@@ -35,6 +35,10 @@ class Podman:
         """`command` in the user namespace where a plain user's podman works, of which it keeps one."""
         return self.person.run(*self._own, "unshare", *command, env={**self.environment, **env})
 
+    def end(self) -> None:
+        """Ends the process that keeps a plain user's namespaces, and so all that is mounted there."""
+        self.person.run(*self._own, "system", "migrate", env=self.environment)
+
     def run(self, *arguments: str | Path) -> Result:
         """``podman run``, so that it works without CAP_SYS_RESOURCE and beside cgroups of both versions."""
         limits = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
@@ -60,7 +64,7 @@ def podman_of(person: Person, image_store: Path) -> Iterator[Podman]:
     finally:
         podman("rm", "--all", "--force", "--time", "0")
         if not person.is_root:
-            podman("system", "migrate")  # ends the process that keeps its user namespace
+            podman.end()
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if (mount := line.split()[4]).startswith(f"{base}/"):
                 person.run("umount", "-l", mount)
