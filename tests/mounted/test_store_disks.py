@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from rig.mounts import Mount
+from rig.mounts import Mount, wait_until
 from rig.ocisources import SourceMaker, tar_of
 from rig.people import Person, as_root
 
@@ -40,19 +40,24 @@ class Disk:
     def empty(self) -> None:
         self.sh("rm -r store/filler")
 
+    def _ext4(self) -> Path:
+        """What the kernel says of the mounted file system, there as long as that is."""
+        command = ["findmnt", "-no", "SOURCE", self.mount.store]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return Path("/sys/fs/ext4", os.path.basename(found))
+
     def fail(self) -> None:
         """Has ext4 find an error, and do what errors=remount-ro says."""
-        device = os.path.basename(
-            subprocess.run(
-                ["findmnt", "-no", "SOURCE", self.mount.store], capture_output=True, text=True, check=True
-            ).stdout.strip()
-        )
-        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("a test")
+        (self._ext4() / "trigger_fs_error").write_text("a test")
 
     def mend(self) -> None:
+        ext4 = self._ext4()
         said = self.mount.fusestore("umount", self.mount.mountpoint)
         assert "Read-only file system" in said.err and not self.mount.is_mounted()
-        self.sh("umount store; e2fsck -fy disk >/dev/null 2>&1 || [ $? = 1 ]; mount -o loop disk store")
+        self.sh("umount store")
+        # Another process that copies its mount namespace just now keeps it for as long as it runs.
+        wait_until(lambda: not ext4.exists(), 60)
+        self.sh("e2fsck -fy disk >/dev/null 2>&1 || [ $? = 1 ]; mount -o loop disk store")
         self.mount.mount()
 
 
