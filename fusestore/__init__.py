@@ -41,6 +41,7 @@ below it (setup.cfg, checked by import-linter)::
     streams, seek           compressed streams and the points where reading can start
     layer                   tar entries → a layer's index
     layerindex, tar         the index file, read where touched; the tar scanner
+    erofs                   a tree → an EROFS image
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
     metadata                the rules of metadata.json     oci           manifests and configs
                                                            imageconfig   what a commit changes in a config

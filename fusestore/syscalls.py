@@ -3,9 +3,13 @@
 import ctypes
 import errno
 import os
+from collections.abc import Iterable
 
 __all__ = [
     "MNT_DETACH",
+    "MOUNT_ATTR_NODEV",
+    "MOUNT_ATTR_NOSUID",
+    "MOUNT_ATTR_RDONLY",
     "MS_NODEV",
     "MS_NOSUID",
     "MS_POSIXACL",
@@ -13,7 +17,10 @@ __all__ = [
     "RENAME_NOREPLACE",
     "RENAME_WHITEOUT",
     "groups_of",
+    "make_mount",
     "mount",
+    "mount_number",
+    "move_mount",
     "pread_now",
     "punch_hole",
     "renameat2",
@@ -28,8 +35,21 @@ MS_NOSUID = 1 << 1
 MS_NODEV = 1 << 2
 MS_POSIXACL = 1 << 16
 MNT_DETACH = 2
+MOUNT_ATTR_RDONLY = 1
+MOUNT_ATTR_NOSUID = 2
+MOUNT_ATTR_NODEV = 4
+
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+
+_FSOPEN_CLOEXEC = 1
+_FSCONFIG_SET_FLAG = 0
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_CMD_CREATE = 6
+_FSMOUNT_CLOEXEC = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
+_MESSAGE_MAX = 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
@@ -37,6 +57,16 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.syncfs.argtypes = [ctypes.c_int]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.fsopen.argtypes = [ctypes.c_char_p, ctypes.c_uint]
+_libc.fsconfig.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+_libc.fsmount.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint]
+_libc.move_mount.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint,
+]
 
 
 def _check(result: int, what: bytes) -> None:
@@ -102,3 +132,50 @@ def groups_of(pid: int) -> frozenset[int]:
     except (FileNotFoundError, ProcessLookupError):
         pass
     return frozenset()
+
+
+def make_mount(kind: bytes, options: Iterable[tuple[bytes, bytes | None]], attributes: int = 0) -> int:
+    """A new mount of file system type `kind` that is nowhere yet; the descriptor is the caller's to close.
+
+    The mount goes with its last descriptor unless `move_mount` gave it a place. Options are set one by one
+    in their order, so that they may be of any number and hold commas; None for one without a value.
+    `attributes`: MOUNT_ATTR_*. OSError says what the file system said.
+    """
+    context = _libc.fsopen(kind, _FSOPEN_CLOEXEC)
+    _check(min(context, 0), kind)
+    try:
+        for name, value in options:
+            command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+            _check_mount(_libc.fsconfig(context, command, name, value, 0), context, name)
+        _check_mount(_libc.fsconfig(context, _FSCONFIG_CMD_CREATE, None, None, 0), context, kind)
+        mount: int = _libc.fsmount(context, _FSMOUNT_CLOEXEC, attributes)
+        _check_mount(min(mount, 0), context, kind)
+        return mount
+    finally:
+        os.close(context)
+
+
+def mount_number(fd: int) -> int:
+    """The id of the mount that a descriptor lies in, as proc_pid_mountinfo(5) has it."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+
+
+def move_mount(mount: int, directory: int) -> None:
+    """Put what `make_mount` gave over `directory`, a descriptor. Neither is closed."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+    _check(_libc.move_mount(mount, b"", directory, b"", flags), b"move_mount")
+
+
+def _check_mount(result: int, context: int, what: bytes) -> None:
+    """As `_check`, with the messages that the kernel keeps in the context: ``e``, a space, and the text."""
+    if result == 0:
+        return
+    code = ctypes.get_errno()
+    messages = []
+    try:
+        while message := os.read(context, _MESSAGE_MAX):
+            messages.append(message[2:].decode(errors="replace").strip())
+    except OSError:  # ENODATA: that was all of them
+        pass
+    raise OSError(code, ": ".join((os.strerror(code), *messages)), what)
