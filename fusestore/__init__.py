@@ -23,13 +23,16 @@ below it (setup.cfg, checked by import-linter)::
     reclaim                 what space is used for, and what can be given back
     export                  a container's tree, or its changes, as a tar
     changes                 what a container changed in its image
-    drivers                 how a rootfs comes into the tree: union
+    drivers                 how a rootfs comes into the tree: union, erofs
+    kernelrootfs            a rootfs that the kernel serves, mounted when somebody comes
+    mounter                 the process that mounts for a daemon
     writable                changes in a rootfs: copy-up, whiteouts, renames
     rootfs                  looking and reading in a rootfs
     check                   verifies a store
     store                   images and containers on disk: the Python API
     importer                an image comes in, staged
     images                  index.json and what it reaches
+    metadataimage           the EROFS image of a merged tree
     containers              directories, documents         layerfiles    opened layers, derived files
                                                            mounts        live mounts, and what they are told
     sources                 what an import reads                 registry    one repository of a registry

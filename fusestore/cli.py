@@ -273,7 +273,7 @@ def _options_of(plain_http: bool, authfile: str | None) -> "RegistryOptions":
 
 @_command
 @click.argument("mountpoint")
-@click.option("--driver", type=click.Choice(["auto", "union"]), default="auto", show_default=True,
+@click.option("--driver", type=click.Choice(["auto", "union", "erofs"]), default="auto", show_default=True,
               help="How rootfs is served; auto takes the fastest that works.")  # fmt: skip
 @click.option("--allow-other", is_flag=True, help="Let users other than you in.")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted; log to standard error.")

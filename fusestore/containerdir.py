@@ -17,12 +17,13 @@ empty directory.
 import fcntl
 import json
 import os
-from typing import Any, NamedTuple
+from types import GeneratorType
+from typing import Any, NamedTuple, cast
 
 from . import errors
 from .documentfile import DocumentNode
 from .durable import lock_directory
-from .inodes import Branch, Inodes, Node, Steps
+from .inodes import Branch, Inodes, Maybe, Node, Outward, Steps
 from .layout import Layout
 from .metadata import quota_of
 from .nodes import Attr, Inode
@@ -92,6 +93,7 @@ class ContainerDir(Node):
 
     __slots__ = (
         "_document",
+        "_former_doorway",
         "_identity",
         "_label",
         "_parts",
@@ -106,6 +108,7 @@ class ContainerDir(Node):
         "is_leaving",
         "is_mounted",
         "scratch",
+        "seekers",
     )
 
     entry_timeout_s = SHARED_S
@@ -123,7 +126,10 @@ class ContainerDir(Node):
         self.is_leaving = False
         """Being deleted or renamed: what comes in meanwhile must not open it again."""
         self.is_mounted = False
+        self.seekers: set[int] = set()
+        """Threads that were told to walk to rootfs again, since the kernel did not know the name."""
         self._parts: dict[bytes, RootfsBranch] = {}
+        self._former_doorway: Node | None = None
         self._removal: _Removal | None = None
         self._rundir: str | None = None
         self._document: DocumentNode | None = None
@@ -296,7 +302,66 @@ class ContainerDir(Node):
             else:
                 raise errors.StoreError("rundir could not be made")
             self._parts[name] = part
+            former = self._former_doorway
+            if name == b"rootfs" and former is not None:
+                self._former_doorway = None
+                if former.lookups:
+                    self.around.inodes.replace(former, part.root)
         return part
+
+    def before_enter(self) -> Maybe[None]:
+        """Precedes `enter_rootfs`."""
+        self.part_now(b"rootfs")
+        part = self._parts.get(b"rootfs")
+        return None if part is None else part.before_enter()
+
+    def enter_rootfs(self, pid: int) -> Maybe[None]:
+        """Somebody comes to rootfs. Raises Stale where they must come once more."""
+        self.part_now(b"rootfs")
+        part = self._parts.get(b"rootfs")
+        if part is None or not part.is_doorway:
+            return None
+        if not part.root.lookups:
+            # The kernel walks again once, and asks for this directory before. From inside of it it does not.
+            part.require_hope(pid)
+            if pid not in self.seekers:
+                self.seekers.add(pid)
+                raise errors.Stale("not known yet: walk again")
+            self.seekers.clear()
+            return None
+        entered = part.enter(pid)
+        return None if entered is part else self._enter_rootfs(part, entered)
+
+    def _enter_rootfs(self, part: RootfsBranch, steps: Maybe[RootfsBranch]) -> Steps[None]:
+        entered = (yield from steps) if isinstance(steps, GeneratorType) else cast(RootfsBranch, steps)
+        if self._parts.get(b"rootfs") is part and entered is not part:
+            part.detach()
+            self._parts[b"rootfs"] = entered
+            self.around.inodes.replace(part.root, entered.root)
+
+    @property
+    def is_unknown_to_kernel(self) -> bool:
+        """Whether nobody came to rootfs yet."""
+        rootfs = self._parts.get(b"rootfs")
+        return rootfs is None or not rootfs.root.lookups
+
+    def make_known(self) -> Steps[None]:
+        """Has the kernel know the name rootfs."""
+        yield Outward(lambda: self.around.driver.look_up(self.id))
+        self.seekers.clear()
+
+    @property
+    def is_covered(self) -> bool:
+        """The kernel has something mounted over rootfs."""
+        rootfs = self._parts.get(b"rootfs")
+        return rootfs is not None and rootfs.is_covered
+
+    def leave(self) -> Steps[None]:
+        """Have every part give back what it holds while nobody is there. Raises Busy."""
+        for part in list(self._parts.values()):
+            left = part.leave()
+            if isinstance(left, GeneratorType):
+                yield from left
 
     @property
     def is_entered(self) -> bool:
@@ -333,6 +398,10 @@ class ContainerDir(Node):
     def detach(self) -> None:
         """Let go of everything on disk. Known nodes of the parts answer Stale; lookups make them anew."""
         parts, self._parts = self._parts, {}
+        rootfs = parts.get(b"rootfs")
+        if rootfs is not None and rootfs.is_doorway:
+            # The kernel goes on knowing the name by this number: nothing below it is known.
+            self._former_doorway = rootfs.root
         for part in parts.values():
             part.detach()
 

@@ -8,6 +8,7 @@ Nothing but directories can be made in /containers, nothing but plain files next
 """
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -104,6 +105,32 @@ class ContainerTree(FixedBranch):
             raise errors.NotFound(f"there is no container {text!r}") from None
         return self._container(text) or self._link(text)
 
+    def before_lead_in(self, node: Node, name: bytes, pid: int) -> Maybe[None]:
+        """See `Tree.before_lead_in`."""
+        if name != b"rootfs" or not isinstance(node, ContainerDir) or self._around.driver.is_walker(pid):
+            return None
+        return node.before_enter()
+
+    def lead_in(self, node: Node, name: bytes, pid: int) -> Maybe[None]:
+        """See `Tree.lead_in`: who comes to a rootfs has it entered, unless it is this process."""
+        if node is self.root:
+            return self._approach(os.fsdecode(name), pid)
+        if name != b"rootfs" or not isinstance(node, ContainerDir) or self._around.driver.is_walker(pid):
+            return None
+        if self._is_refused(node, pid):
+            why = f"container {node.id} is in use: it cannot be removed now"
+            # Any other errno has the kernel forget the name, and with it the mount (fs/fuse/dir.c).
+            raise InterruptedError(errno.EINTR, why) if node.is_covered else errors.Busy(why)
+        return node.enter_rootfs(pid)
+
+    def _approach(self, container_id: str, pid: int) -> Maybe[None]:
+        container = self._dirs.get(container_id)
+        if container is None or container.is_unknown_to_kernel:
+            if container is not None and pid in container.seekers:
+                return container.make_known()
+            self._around.driver.approached(container_id, pid)
+        return None
+
     def _lookup_in(self, container: ContainerDir, name: bytes) -> Maybe[Node]:
         if name == DOCUMENT:
             return container.document()
@@ -164,12 +191,30 @@ class ContainerTree(FixedBranch):
             raise errors.BadInput("not a symbolic link")
         return node.target
 
-    def heard(self, container_id: str) -> None:
-        """Another process changed this container, or it is gone."""
+    def heard(self, container_id: str) -> bool:
+        """Another process changed this container, or it is gone.
+
+        Whether its name must be kept: the kernel would unmount what is mounted below one that it forgets.
+        """
         known = self._dirs.get(container_id)
-        if known is not None:
-            with contextlib.suppress(errors.FusestoreError):
-                known.check()
+        if known is None:
+            return False
+        with contextlib.suppress(errors.FusestoreError):
+            known.check()
+        return known.is_covered
+
+    def abandon(self) -> None:
+        """See `Tree.abandon`."""
+        for container in list(self._dirs.values()):
+            if container.is_covered:
+                container.detach()
+
+    def let_go(self, container_id: str) -> Steps[None]:
+        """See `Tree.let_go`."""
+        for container in list(self._dirs.values()):
+            if container_id in ("", container.id):
+                with contextlib.suppress(errors.Busy):
+                    yield from container.leave()
 
     # Listing: one readdir of the store, no document read
 
@@ -321,6 +366,7 @@ class ContainerTree(FixedBranch):
         made = self._container(container_id)
         if made is None:
             raise errors.NotFound(f"container {container_id} was deleted as soon as it was made")
+        self._around.driver.approached(container_id, 0)
         return made
 
     def rmdir(self, node: Node, name: bytes) -> Maybe[None]:
@@ -338,6 +384,7 @@ class ContainerTree(FixedBranch):
         return self._delete(container)
 
     def _delete(self, container: ContainerDir) -> Steps[None]:
+        yield from container.leave()
         container.require_idle("delete")
         container.detach()
         container.is_leaving = True
@@ -384,6 +431,7 @@ class ContainerTree(FixedBranch):
         yield lambda: self._store.rename_container(old, new)
 
     def _rename_container(self, container: ContainerDir, new_id: str) -> Steps[None]:
+        yield from container.leave()
         container.require_idle("rename")
         container.detach()
         old_id = container.id
@@ -403,12 +451,28 @@ class ContainerTree(FixedBranch):
 
     def unlink_for(self, node: Node, name: bytes, caller: Caller) -> Maybe[None]:
         """As `unlink`, and remembers whom it refused because the container is in use."""
+        if isinstance(node, ContainerDir) and node.is_entered and name in (DOCUMENT, node.aside):
+            return self._leave_and_unlink(node, name, caller)
+        return self._unlink_for(node, name, caller)
+
+    def _leave_and_unlink(self, container: ContainerDir, name: bytes, caller: Caller) -> Steps[None]:
+        try:
+            yield from container.leave()
+        except errors.Busy:
+            self._refuse_removal(container, caller)
+            raise
+        self._unlink_for(container, name, caller)
+
+    def _unlink_for(self, node: Node, name: bytes, caller: Caller) -> Maybe[None]:
         try:
             return self.unlink(node, name)
         except errors.Busy:
             if isinstance(node, ContainerDir):
-                self._refused[node] = caller.pid, time.monotonic() + _REFUSAL_S
+                self._refuse_removal(node, caller)
             raise
+
+    def _refuse_removal(self, container: ContainerDir, caller: Caller) -> None:
+        self._refused[container] = caller.pid, time.monotonic() + _REFUSAL_S
 
     def require_welcome(self, node: Node, caller: Caller) -> None:
         """Raises Busy for the root of a part whose removal was refused to the same caller just now.
@@ -417,12 +481,16 @@ class ContainerTree(FixedBranch):
         """
         if not self._refused:
             return
-        now = time.monotonic()
-        for container, (pid, until) in list(self._refused.items()):
-            if until < now:
-                del self._refused[container]
-            elif pid == caller.pid and container.has_root(node):
+        for container in list(self._refused):
+            if self._is_refused(container, caller.pid) and container.has_root(node):
                 raise errors.Busy(f"container {container.id} is in use: it cannot be removed now")
+
+    def _is_refused(self, container: ContainerDir, pid: int) -> bool:
+        refused, until = self._refused.get(container, (0, 0.0))
+        if until < time.monotonic():
+            self._refused.pop(container, None)
+            return False
+        return pid == refused
 
     # Renaming next to a metadata.json
 

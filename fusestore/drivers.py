@@ -1,8 +1,11 @@
 """How a container's rootfs comes into the tree. Blocking.
 
-One driver so far, **union**: the union in this process, over FUSE; for everyone, everywhere. A driver makes
-the branches of the tree that serve file trees: containers' rootfs, workdir and rundir, and the images' own.
-They are made cheaply and open what they need on first use.
+* **union**: the union in this process, over FUSE; for everyone, everywhere.
+* **erofs**: the kernel's overlayfs over an EROFS image, mounted on first use (`fusestore.kernelrootfs`); for
+  root. What it cannot serve, the union does.
+
+A driver makes the branches of the tree that serve file trees: containers' rootfs, workdir and rundir, and the
+images' own. They are made cheaply and open what they need on first use.
 """
 
 import contextlib
@@ -18,17 +21,18 @@ from .blobs import LayerReader
 from .errors import StoreUnusable
 from .images import Image
 from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
+from .kernelrootfs import KernelMounts, KernelRootfs
 from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
 from .nodes import Attr
 from .rootfs import Descriptors, Object, Opened, Opener, Rootfs
 from .store import Store
-from .synthetic import SHARED_S
+from .synthetic import SHARED_S, RootfsBranch
 from .union import LayerView, Lower
 from .upper import Scheme, Upper, find_scheme
 from .writable import WritableRootfs
 
-__all__ = ["DRIVERS", "UnionDriver", "snapshot"]
+__all__ = ["DRIVERS", "ErofsDriver", "UnionDriver", "snapshot"]
 
 _DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _EMPTY_LAYER = LayerIndex(LayerBuilder().finish(0))
@@ -95,12 +99,23 @@ class UnionDriver:
         """The tree of these layers, bottom first: one object as long as somebody has it."""
         return self._lowers.setdefault(tuple(layers), Lower(layers))
 
+    def approached(self, container_id: str, pid: int) -> None:
+        pass
+
+    def look_up(self, container_id: str) -> None:
+        pass
+
+    def is_walker(self, pid: int) -> bool:
+        return False
+
     def upper(self, root: int) -> Upper:
         """The upper directory at `root`, a descriptor in store or run directory that stays the caller's."""
         return Upper(root, self._homes[os.fstat(root).st_dev], self._scheme)
 
-    def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> WritableRootfs:
-        opener = _ContainerOpener(self, self._store, container_id)
+    def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> RootfsBranch:
+        return self._writable(parent, _ContainerOpener(self, self._store, container_id), label)
+
+    def _writable(self, parent: Node, opener: Opener, label: bytes) -> WritableRootfs:
         return WritableRootfs(self._inodes, self._descriptors, next(self._serials), parent, opener, label)
 
     def container_as_it_is(self, container_id: str, parent: Node) -> Rootfs:
@@ -125,8 +140,54 @@ class UnionDriver:
         return Rootfs(self._inodes, self._descriptors, next(self._serials), parent, opener)
 
 
-DRIVERS: dict[str, type[UnionDriver]] = {UnionDriver.name: UnionDriver}
-"""By name; `auto` takes the first that works."""
+class ErofsDriver(UnionDriver):
+    """The kernel serves containers, the union all else."""
+
+    name = "erofs"
+
+    def __init__(self, store: Store, inodes: Inodes, mountpoint: str) -> None:
+        super().__init__(store, inodes)
+        self._mounts = KernelMounts(store, mountpoint)
+
+    def close(self) -> None:
+        self._mounts.mounter.close()
+        super().close()
+
+    def approached(self, container_id: str, pid: int) -> None:
+        """The kernel gets to know its rootfs: whoever comes can be led into the mount at once.
+
+        Of many only the last: who lists containers goes into none.
+        """
+        if not self.is_walker(pid):
+            self._mounts.mounter.walk_soon(self._mounts.place(container_id))
+
+    def look_up(self, container_id: str) -> None:
+        self._mounts.mounter.walk_to(self._mounts.place(container_id))
+
+    def is_walker(self, pid: int) -> bool:
+        return self._mounts.mounter.is_own(pid)
+
+    def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> KernelRootfs:
+        opener = _ContainerOpener(self, self._store, container_id)
+        made = KernelRootfs(
+            self._inodes,
+            parent,
+            self._mounts,
+            self._store,
+            container_id,
+            peek=opener.attr,
+            prepare_upper=lambda: opener.open().close(),
+            make_union=lambda: self._writable(parent, opener, made.label),
+        )
+        made.label = label
+        return made
+
+
+DRIVERS: dict[str, Callable[[Store, Inodes, str], UnionDriver]] = {
+    UnionDriver.name: lambda store, inodes, mountpoint: UnionDriver(store, inodes),
+    ErofsDriver.name: ErofsDriver,
+}
+"""By name, made with the mount point; `auto` takes the first."""
 
 
 def _agreed_scheme(store: Store, scratch: int) -> Scheme:
@@ -264,6 +325,13 @@ class _ContainerOpener:
             return None
         lower, _ = self._layers()
         return lower.attr(lower.root) if lower.root else _own_root()
+
+    def attr(self) -> Attr:
+        """Of the root, whether it was entered or not."""
+        peeked = self.peek()
+        if peeked is None:
+            return _DirectoryOpener(self._driver, self._store.upper_dir(self._id)).peek()
+        return peeked
 
     def hold(self) -> Closable:
         return self._store.hold(self._id)

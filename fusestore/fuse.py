@@ -24,7 +24,7 @@ import trio
 
 from .acl import ACCESS
 from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
-from .inodes import ROOT_INODE, Caller, Changes, FileHandle, Maybe
+from .inodes import ROOT_INODE, Caller, Changes, FileHandle, Maybe, Outward, Pending
 from .meter import Meter
 from .nodes import Inode
 from .tree import Entry, Tree
@@ -43,6 +43,9 @@ _LOCKED_S = 1.0
 _LOCKED_PAUSE_S = 0.01
 
 _EXECUTABLE = 0o111
+
+_HOLD_S = 2.0
+"""How long a LOOKUP waits for a rootfs to be mounted."""
 
 _log = logging.getLogger("fusestore")
 
@@ -112,9 +115,12 @@ class Filesystem(pyfuse3.Operations):
         self.meter = Meter()
         self.waiting = 0
         """Requests that wait for a worker thread now."""
+        self.nursery: trio.Nursery | None = None
+        """For what goes on after a request was answered."""
         self._limiter = trio.CapacityLimiter(_THREADS)
+        self._outward = trio.CapacityLimiter(_THREADS)
 
-    async def _finish(self, result: Maybe[T]) -> T:
+    async def finish(self, result: Maybe[T]) -> T:
         """The result of an operation of the tree, its steps taken in worker threads."""
         if not isinstance(result, GeneratorType):
             return cast(T, result)
@@ -123,7 +129,7 @@ class Filesystem(pyfuse3.Operations):
             call = next(result)
             while True:
                 try:
-                    value = await trio.to_thread.run_sync(call, limiter=self._limiter)
+                    value = await self._step(call)
                 except Exception as error:
                     call = result.throw(error)
                 else:
@@ -133,14 +139,50 @@ class Filesystem(pyfuse3.Operations):
         finally:
             self.waiting -= 1
 
+    async def _hold(self, leading: Maybe[None]) -> None:
+        """Waits until these steps are done, but not for long: who is held can do nothing else.
+
+        They go on; what goes wrong after that is logged.
+        """
+        outcome: list[Exception | None] = []
+        done = trio.Event()
+
+        async def lead() -> None:
+            try:
+                await self.finish(leading)
+            except Exception as error:
+                if late.cancelled_caught:
+                    _report("lookup", error)
+                outcome.append(error)
+            done.set()
+
+        assert self.nursery is not None, "the mount is not served yet"
+        with trio.move_on_after(_HOLD_S) as late:
+            self.nursery.start_soon(lead)
+            await done.wait()
+        if outcome and outcome[0] is not None:
+            raise outcome[0]
+
+    async def _step(self, call: Callable[[], Any]) -> Any:
+        if isinstance(call, Pending):
+            done = trio.Event()
+            call.when_done(done.set)
+            return await done.wait()
+        limiter = self._outward if isinstance(call, Outward) else self._limiter
+        return await trio.to_thread.run_sync(call, limiter=limiter)
+
     # Names
 
     @_bounded
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        await self.finish(self.tree.before_lead_in(parent_inode, name, ctx.pid))
+        leading = self.tree.lead_in(parent_inode, name, ctx.pid)
+        if leading is not None:
+            await self._hold(leading)
         try:
-            return _encode(await self._finish(self.tree.lookup(parent_inode, name)))
+            return _encode(await self.finish(self.tree.lookup(parent_inode, name)))
         except NotFound:
             timeout_s = self.tree.absence_timeout_s(parent_inode)
             if timeout_s == 0:
@@ -154,13 +196,13 @@ class Filesystem(pyfuse3.Operations):
 
     @_bounded
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
-        return pyfuse3.FileNameT(await self._finish(self.tree.readlink(inode)))
+        return pyfuse3.FileNameT(await self.finish(self.tree.readlink(inode)))
 
     # Attributes
 
     @_bounded
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return _encode(await self._finish(self.tree.getattr(inode)))
+        return _encode(await self.finish(self.tree.getattr(inode, ctx.pid)))
 
     @_bounded
     async def setattr(
@@ -172,19 +214,19 @@ class Filesystem(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         changes = _decode_changes(attr, fields)
-        return _encode(await self._finish(self.tree.setattr(inode, changes, fh, _caller(ctx))))
+        return _encode(await self.finish(self.tree.setattr(inode, changes, fh, _caller(ctx))))
 
     @_bounded
     async def getxattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> bytes:
-        return await self._finish(self.tree.getxattr(inode, name))
+        return await self.finish(self.tree.getxattr(inode, name))
 
     @_bounded
     async def listxattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[pyfuse3.XAttrNameT]:
-        names = await self._finish(self.tree.listxattr(inode))
+        names = await self.finish(self.tree.listxattr(inode))
         return cast(Sequence[pyfuse3.XAttrNameT], names if ctx.uid == 0 else _without_trusted(names))
 
     @_bounded
@@ -195,7 +237,7 @@ class Filesystem(pyfuse3.Operations):
         value: bytes,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        await self._finish(self.tree.setxattr(inode, name, value, _caller(ctx)))
+        await self.finish(self.tree.setxattr(inode, name, value, _caller(ctx)))
         if name == ACCESS and not self.enable_acl:
             # Otherwise the kernel looks itself what has become of the mode (fs/fuse/acl.c, fuse_set_acl).
             pyfuse3.invalidate_inode(inode, attr_only=True)
@@ -204,12 +246,12 @@ class Filesystem(pyfuse3.Operations):
     async def removexattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> None:
-        await self._finish(self.tree.removexattr(inode, name))
+        await self.finish(self.tree.removexattr(inode, name))
 
     @_bounded
     async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
         """Asked only in mounts whose modes the kernel does not check: there all but this is allowed."""
-        shown = (await self._finish(self.tree.getattr(inode))).attr.mode
+        shown = (await self.finish(self.tree.getattr(inode))).attr.mode
         return not mode & os.X_OK or stat.S_ISDIR(shown) or bool(shown & _EXECUTABLE)
 
     @_bounded
@@ -230,7 +272,7 @@ class Filesystem(pyfuse3.Operations):
         rdev: int,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return _encode(await self._finish(self.tree.mknod(parent_inode, name, mode, rdev, _caller(ctx))))
+        return _encode(await self.finish(self.tree.mknod(parent_inode, name, mode, rdev, _caller(ctx))))
 
     @_bounded
     async def mkdir(
@@ -240,7 +282,7 @@ class Filesystem(pyfuse3.Operations):
         mode: pyfuse3.ModeT,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return _encode(await self._finish(self.tree.mkdir(parent_inode, name, mode, _caller(ctx))))
+        return _encode(await self.finish(self.tree.mkdir(parent_inode, name, mode, _caller(ctx))))
 
     @_bounded
     async def symlink(
@@ -250,7 +292,7 @@ class Filesystem(pyfuse3.Operations):
         target: pyfuse3.FileNameT,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return _encode(await self._finish(self.tree.symlink(parent_inode, name, target, _caller(ctx))))
+        return _encode(await self.finish(self.tree.symlink(parent_inode, name, target, _caller(ctx))))
 
     @_bounded
     async def link(
@@ -260,19 +302,19 @@ class Filesystem(pyfuse3.Operations):
         new_name: pyfuse3.FileNameT,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return _encode(await self._finish(self.tree.link(inode, new_parent_inode, new_name)))
+        return _encode(await self.finish(self.tree.link(inode, new_parent_inode, new_name)))
 
     @_bounded
     async def unlink(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
-        await self._finish(self.tree.unlink(parent_inode, name, _caller(ctx)))
+        await self.finish(self.tree.unlink(parent_inode, name, _caller(ctx)))
 
     @_bounded
     async def rmdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
-        await self._finish(self.tree.rmdir(parent_inode, name))
+        await self.finish(self.tree.rmdir(parent_inode, name))
 
     @_bounded
     async def rename(
@@ -285,7 +327,7 @@ class Filesystem(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> None:
         moved = self.tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
-        await self._finish(moved)
+        await self.finish(moved)
 
     # Files
 
@@ -293,7 +335,7 @@ class Filesystem(pyfuse3.Operations):
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
-        return _encode_open(*await self._finish(self.tree.open(inode, flags, _caller(ctx))))
+        return _encode_open(*await self.finish(self.tree.open(inode, flags, _caller(ctx))))
 
     @_bounded
     async def create(
@@ -305,45 +347,45 @@ class Filesystem(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         created = self.tree.create(parent_inode, name, mode, flags, _caller(ctx))
-        number, handle, entry = await self._finish(created)
+        number, handle, entry = await self.finish(created)
         return _encode_open(number, handle), _encode(entry)
 
     @_bounded
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        return await self._finish(self.tree.read(fh, off, size))
+        return await self.finish(self.tree.read(fh, off, size))
 
     @_bounded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        return await self._finish(self.tree.write(fh, off, buf))
+        return await self.finish(self.tree.write(fh, off, buf))
 
     @_bounded
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        await self._finish(self.tree.flush(fh))
+        await self.finish(self.tree.flush(fh))
 
     @_bounded
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        await self._finish(self.tree.fsync(fh, datasync))
+        await self.finish(self.tree.fsync(fh, datasync))
 
     @_bounded
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        await self._finish(self.tree.release(fh))
+        await self.finish(self.tree.release(fh))
 
     # Directories
 
     @_bounded
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
-        return pyfuse3.FileHandleT(await self._finish(self.tree.opendir(inode, _caller(ctx))))
+        return pyfuse3.FileHandleT(await self.finish(self.tree.opendir(inode, _caller(ctx))))
 
     @_bounded
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         def emit(name: bytes, entry: Entry, position: int) -> bool:
             return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _encode(entry), position)
 
-        await self._finish(self.tree.readdir(fh, start_id, emit))
+        await self.finish(self.tree.readdir(fh, start_id, emit))
 
     @_bounded
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        await self._finish(self.tree.fsyncdir(fh))
+        await self.finish(self.tree.fsyncdir(fh))
 
     @_bounded
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:

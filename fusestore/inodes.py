@@ -8,7 +8,9 @@ thousand live on: a file handle may ask for them.
 
 Operations that may have to wait (for a disk, a lock, a decompressor) are generators: each `yield` hands out a
 function to be called in a worker thread and resumes with its result (`Steps`). Between two yields nothing
-else runs: a state change never contains a yield. `run` drives them without an event loop.
+else runs: a state change never contains a yield. `run` drives them without an event loop. What may make
+requests of this very mount is handed out as `Outward`, so that it leaves threads free to answer them; who
+waits for such a step of another operation hands out a `Pending`.
 """
 
 import itertools
@@ -35,6 +37,8 @@ __all__ = [
     "Inodes",
     "Maybe",
     "Node",
+    "Outward",
+    "Pending",
     "ROOT_INODE",
     "Steps",
     "run",
@@ -46,6 +50,44 @@ Maybe = Union[T, Steps[T]]  # noqa: UP007 - mypy takes no bare TypeVar in X | Y
 """A result, or the steps that lead to it."""
 
 ROOT_INODE = Inode(1)
+
+
+class Outward:
+    """A step that may make requests of this very mount."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+
+    def __call__(self) -> Any:
+        return self._call()
+
+
+class Pending:
+    """Something that another operation is doing. Handed out as a step, it ends when that is done."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self._wake: list[Callable[[], None]] = []
+
+    def __call__(self) -> None:
+        """Without an event loop nothing is under way."""
+        assert self.is_done
+
+    def when_done(self, wake: Callable[[], None]) -> None:
+        """`wake` is called at the end, or now."""
+        if self.is_done:
+            wake()
+        else:
+            self._wake.append(wake)
+
+    def finish(self) -> None:
+        self.is_done = True
+        for wake in self._wake:
+            wake()
+
+
 FOREVER_S = 86400.0
 """How long the kernel may keep what only this process changes."""
 
@@ -197,6 +239,10 @@ class Branch:
     def peek(self, node: Node) -> Steps[Attr]:
         """Attributes while the branch is not ready; makes it so only where it must."""
         raise NotImplementedError
+
+    def peek_for(self, node: Node, pid: int) -> Steps[Attr]:
+        """As `peek`, for the thread `pid`, who asks for nothing else. Raises Stale to have it look again."""
+        return self.peek(node)
 
     def lookup(self, node: Node, name: bytes) -> Maybe[Node]:
         """The child `name` ('.' and '..' never come here). Raises NotFound."""

@@ -16,6 +16,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         seek.<blob hex>               restart points in that compressed blob (fusestore.seek)
         cache                         sparse: what was decompressed so far (fusestore.spancache)
       images/<id>/image               derived from manifest and config: may be deleted
+      images/<id>/erofs.1             derived from the layers: may be deleted; made when first mounted
       containers/<id>/                0700, made whole; flock: shared while live, exclusive to change
         container                     the metadata document
         diff/                         upper directory of overlayfs, made when rootfs is first entered: a
@@ -53,6 +54,9 @@ images/<id>/image agrees about the manifest. Descriptors and keys that others wr
 **images/<id>/image**: msgpack map: ``version`` 1, ``manifest`` (digest), ``created`` (str), ``architecture``,
 ``os``, ``layers``: bottom first, [diff_id, blob digest, blob size, media type]. The id is the hex of the
 config's digest.
+
+**images/<id>/erofs.1**: an EROFS image of the merged tree (fusestore.erofs), its devices the layers' tars.
+The number in its name is raised with every change of what is written (`METADATA_IMAGE_VERSION`).
 
 **layers/<diff_id>/seek.<blob>**: exists only after the blob was decompressed and hashed to that diff_id: it
 is the proof that blob and diff_id belong together. An uncompressed layer needs none: its blob digest is its
@@ -113,6 +117,7 @@ __all__ = [
     "IMAGE_RECORD_VERSION",
     "INTENT",
     "Layout",
+    "METADATA_IMAGE_VERSION",
     "OCI_LAYOUT_VERSION",
     "RunLayout",
     "UNFINISHED",
@@ -124,6 +129,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 IMAGE_RECORD_VERSION = 1
+METADATA_IMAGE_VERSION = 1
 OCI_LAYOUT_VERSION = "1.0.0"
 
 ANNOTATION_NAME = "org.opencontainers.image.ref.name"
@@ -243,6 +249,9 @@ class Layout:
     def image_record(self, image_id: str) -> str:
         return _join(self.image(image_id), "image")
 
+    def metadata_image(self, image_id: str) -> str:
+        return _join(self.image(image_id), f"erofs.{METADATA_IMAGE_VERSION}")
+
     def container(self, container_id: str) -> str:
         return _join(self.containers, container_id)
 
@@ -278,7 +287,7 @@ class Layout:
 
     @staticmethod
     def is_in_image(name: str) -> bool:
-        return name == "image"
+        return name == "image" or name.startswith("erofs.")
 
     @staticmethod
     def is_in_container(name: str) -> bool:

@@ -21,12 +21,12 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import pyfuse3
 import trio
 
-from .drivers import DRIVERS, UnionDriver
-from .errors import BadInput, Busy, FusestoreError
+from .drivers import DRIVERS, ErofsDriver, UnionDriver
+from .errors import BadInput, Busy, FusestoreError, NotPermitted
 from .fuse import Filesystem
 from .inodes import Inodes
 from .mountpoint import attach, detach, device_at
-from .mounts import BELL_MAX, HOW_ARE_YOU, Changed, MountRecord
+from .mounts import BELL_MAX, HOW_ARE_YOU, IDLE, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
 from .syscalls import syncfs
@@ -129,10 +129,12 @@ def run(
     of DRIVERS, or ``auto``. Raises FusestoreError where it cannot be mounted. Only one mount can be served by
     a process (pyfuse3).
     """
-    if driver != "auto" and driver not in DRIVERS:
+    chosen = next(iter(DRIVERS)) if driver == "auto" else driver
+    if chosen not in DRIVERS:
         raise BadInput(f"no driver {driver}: use auto, {', '.join(DRIVERS)}")
-    chosen = DRIVERS[next(iter(DRIVERS)) if driver == "auto" else driver]
-    _log.info("driver %s (asked for: %s)", chosen.name, driver)
+    if chosen == ErofsDriver.name and os.geteuid():
+        raise NotPermitted("only root can have the kernel mount: use --driver union")
+    _log.info("driver %s (asked for: %s)", chosen, driver)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     mountpoint = os.path.realpath(mountpoint)
@@ -142,9 +144,9 @@ def run(
         store.leave_trash()
 
         def make_driver(store: Store, inodes: Inodes) -> UnionDriver:
-            driver = chosen(store, inodes)
-            stack.callback(driver.close)
-            return driver
+            made = DRIVERS[chosen](store, inodes, mountpoint)
+            stack.callback(made.close)
+            return made
 
         tree = Tree(store, make_driver, Owner(os.geteuid(), os.getegid()), trash.wake)
         filesystem = Filesystem(tree, enable_acl="default_permissions" in options)
@@ -153,14 +155,14 @@ def run(
         disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, disk)
         stack.callback(_sync, disk)
-        departure = _Departure(mountpoint, tree, reopen_log)
+        departure = _Departure(mountpoint, filesystem, reopen_log)
         device = _init(filesystem, store.path, mountpoint, options)
         stack.callback(_close, device, departure)
         departure.device = device_at(mountpoint)
-        record = store.record_mount(mountpoint, os.getpid(), chosen.name)
+        record = store.record_mount(mountpoint, os.getpid(), chosen)
         stack.callback(record.close)
         watch = stack.enter_context(Watch(filesystem.meter, tree, store))
-        trio.run(_serve, record, store, tree, trash, departure, watch, ready)
+        trio.run(_serve, record, store, filesystem, trash, departure, watch, ready)
     _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
 
 
@@ -247,15 +249,16 @@ class _Trash:
 async def _serve(
     record: MountRecord,
     store: Store,
-    tree: Tree,
+    filesystem: Filesystem,
     trash: _Trash,
     departure: "_Departure",
     watch: Watch,
     ready: Callable[[], None],
 ) -> None:
     async with trio.open_nursery() as nursery:
+        filesystem.nursery = nursery
         nursery.start_soon(departure.run)
-        nursery.start_soon(_answer_bell, record, store, tree, watch)
+        nursery.start_soon(_answer_bell, record, store, filesystem, watch)
         nursery.start_soon(_announce, record.mountpoint, ready)
         nursery.start_soon(trash.run)
         await pyfuse3.main()
@@ -268,7 +271,7 @@ async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
     ready()
 
 
-async def _answer_bell(record: MountRecord, store: Store, tree: Tree, watch: Watch) -> None:
+async def _answer_bell(record: MountRecord, store: Store, filesystem: Filesystem, watch: Watch) -> None:
     """Have the kernel forget what other processes say they changed; tell those who ask how the mount does."""
     assert record.bell is not None, "only the daemon has one"
     record.bell.setblocking(False)
@@ -281,39 +284,52 @@ async def _answer_bell(record: MountRecord, store: Store, tree: Tree, watch: Wat
                 _log.warning("the bell: %s", error)
                 await trio.sleep(_BELL_PAUSE_S)
             else:
-                nursery.start_soon(_hear, connection, record, store, tree, watch, nursery)
+                nursery.start_soon(_hear, connection, record, store, filesystem, watch, nursery)
 
 
 async def _hear(
     connection: trio.socket.SocketType,
     record: MountRecord,
     store: Store,
-    tree: Tree,
+    filesystem: Filesystem,
     watch: Watch,
     nursery: trio.Nursery,
 ) -> None:
-    with connection, trio.move_on_after(_HEARING_S):
+    with connection:
         try:
-            said = await connection.recv(BELL_MAX)
-            if said == HOW_ARE_YOU:
-                with contextlib.suppress(BrokenPipeError):  # who asked waits no more
-                    await connection.send(json.dumps(watch.report(record)).encode())
-                return
-            changed = Changed.decode(said)
-            if changed.place == "images":
-                await trio.to_thread.run_sync(store.reopen_layers)
-            place = tree.heard(changed)
-            if place is not None:
-                forgotten = trio.Event()
-                nursery.start_soon(_forget, place, forgotten)
-                while not forgotten.is_set():
-                    with trio.move_on_after(_RINGING_PAUSE_S):
-                        await forgotten.wait()
-                    if record.is_ringing:
-                        break
-            await connection.send(b"!")
+            changed = Changed("", "")
+            with trio.move_on_after(_HEARING_S):
+                said = await connection.recv(BELL_MAX)
+                if said == HOW_ARE_YOU:
+                    with contextlib.suppress(BrokenPipeError):  # who asked waits no more
+                        await connection.send(json.dumps(watch.report(record)).encode())
+                    return
+                changed = Changed.decode(said)
+                if changed.place != IDLE:
+                    await _have_forgotten(changed, record, store, filesystem.tree, nursery)
+                    await connection.send(b"!")
+            if changed.place == IDLE:  # as long as the disk takes
+                await filesystem.finish(filesystem.tree.let_go(changed.name))
+                await connection.send(b"!")
         except (OSError, ValueError) as error:
             _log.warning("not understood at the bell: %s", error)
+
+
+async def _have_forgotten(
+    changed: Changed, record: MountRecord, store: Store, tree: Tree, nursery: trio.Nursery
+) -> None:
+    if changed.place == "images":
+        await trio.to_thread.run_sync(store.reopen_layers)
+    place = tree.heard(changed)
+    if place is None:
+        return
+    forgotten = trio.Event()
+    nursery.start_soon(_forget, place, forgotten)
+    while not forgotten.is_set():
+        with trio.move_on_after(_RINGING_PAUSE_S):
+            await forgotten.wait()
+        if record.is_ringing:
+            break
 
 
 async def _forget(place: tuple[int, bytes], forgotten: trio.Event) -> None:
@@ -340,11 +356,13 @@ class _Departure:
     most, or until a second signal; then their unwritten pages are fetched from the kernel, and it is over.
     """
 
-    def __init__(self, mountpoint: str, tree: Tree, reopen_log: Callable[[], None] | None) -> None:
+    def __init__(
+        self, mountpoint: str, filesystem: Filesystem, reopen_log: Callable[[], None] | None
+    ) -> None:
         self.mountpoint = mountpoint
         self.device: str | None = None
         """What is mounted there."""
-        self._tree = tree
+        self._filesystem = filesystem
         self._reopen_log = reopen_log
         self.is_detached = False
         """The mount point may be another's by now."""
@@ -359,7 +377,7 @@ class _Departure:
                     nursery.cancel_scope.cancel()
         _log.warning("still in use: what is open there fails from now on")
         with trio.move_on_after(_WRITE_BACK_S):
-            files = self._tree.handles.open_files()
+            files = self._filesystem.tree.handles.open_files()
             await trio.to_thread.run_sync(_write_back, files, abandon_on_cancel=True)
         pyfuse3.terminate()
 
@@ -376,12 +394,14 @@ class _Departure:
 
     async def _detach(self) -> None:
         """In a thread: the kernel asks us to write what it holds."""
+        await self._filesystem.finish(self._filesystem.tree.let_go(""))
         try:
             await trio.to_thread.run_sync(_detach, self.mountpoint, self.device, abandon_on_cancel=True)
         except FusestoreError as error:
             _log.error("%s", error)
         else:
             self.is_detached = True
+            self._filesystem.tree.abandon()
 
 
 def _detach(mountpoint: str, device: str | None) -> None:

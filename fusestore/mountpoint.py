@@ -31,6 +31,8 @@ _KEPT_TIMEOUT_S = 3.0
 """How long an ordinary end may take, before it is looked for who keeps the mount."""
 _COMMAND_MAX = 80
 _POLL_S = 0.01
+_PATIENCE_S = 1.0
+"""How long what has ended may go on being in a mount that lies inside this one."""
 
 
 def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
@@ -210,11 +212,30 @@ def unmount(store: Store, mountpoint: str) -> None:
         if processes:
             device = device_at(real)
             if device is not None:
-                detach(real)
+                _leave(store, real)
             _wait_for_end(store, real, device, processes)
         elif not _clear_dead(mountpoint):
             raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
         syncfs(disk)
+
+
+def _leave(store: Store, real: str) -> None:
+    """Have the mount give back what the kernel has mounted inside it, and take it away. Raises Busy."""
+    give_up = time.monotonic() + _PATIENCE_S
+    while True:
+        store.ask_to_leave()
+        try:
+            return detach(real)
+        except Busy:
+            # A process that was waited for may still be about to lose its files, its root, its namespace.
+            if time.monotonic() > give_up or not _has_mounts_inside(real):
+                raise
+        time.sleep(_POLL_S)
+
+
+def _has_mounts_inside(real: str) -> bool:
+    inside = os.fsencode(real) + b"/"
+    return any(entry.path.startswith(inside) for entry in _entries("self"))
 
 
 def _wait_for_end(store: Store, real: str, device: str | None, processes: list[int]) -> None:

@@ -6,8 +6,9 @@ lives, locked.
 
 Beside it is a socket, the mount's bell. Kernels keep what a mount told them of a container or an image until
 they are told otherwise; so whoever changes one in the store rings, names it, and waits until every mount has
-its kernel forget. A mount that does not answer is left alone after `_PATIENCE_S`. At the bell a mount is also
-asked how it does; who may is a matter of the run directory's modes.
+its kernel forget. A mount that does not answer is left alone after `_PATIENCE_S`. A mount holds what the
+kernel has mounted for it; so whoever wants it idle rings before (`IDLE`). At the bell a mount is also asked
+how it does; who may is a matter of the run directory's modes.
 
 The rule a maintainer must not break: a mount that waits at a bell answers its own, whatever its kernel does.
 A request that rings keeps locks in the kernel until it is answered, and to forget the kernel may need those.
@@ -30,6 +31,7 @@ from .layout import BELL_SUFFIX, UNFINISHED_MOUNT, RunLayout
 __all__ = [
     "BELL_MAX",
     "HOW_ARE_YOU",
+    "IDLE",
     "Changed",
     "MountRecord",
     "Mounts",
@@ -43,12 +45,17 @@ BELL_MAX = 1 << 12
 HOW_ARE_YOU = b"?"
 """Said at a bell: the answer is a JSON object, what `fusestore status` shows."""
 
+IDLE = "idle"
+"""Said before a change: a container (all of them for "") is to be let go if it is idle."""
+
 _ANSWER_MAX = 1 << 17
 """Bytes; what a socket takes at once."""
 
 _RECORD_MAX = 1 << 16
 _PATIENCE_S = 1.0
 _ANSWER_S = 5.0
+_LEAVING_S = 120.0
+"""Unmounting a rootfs has all that is unwritten on its disk written, whoever's it is."""
 
 _log = logging.getLogger("fusestore")
 
@@ -57,7 +64,7 @@ class Changed(NamedTuple):
     """What a mount is told: something in the store is gone, or is another."""
 
     place: str
-    """"containers" or "images"."""
+    """"containers" or "images"; or `IDLE`."""
     name: str
     """An id."""
 
@@ -194,7 +201,7 @@ class Mounts:
             _log.warning("a mount of this store does not answer: it may show %s for a while", changed.name)
 
     def _ring(self, name: str, changed: Changed) -> None:
-        self._say(name, changed.encode(), _PATIENCE_S, 1)
+        self._say(name, changed.encode(), _LEAVING_S if changed.place == IDLE else _PATIENCE_S, 1)
 
     def ask(self, mountpoint: str) -> dict[str, Any]:
         """What the newest mount at `mountpoint` says of itself.

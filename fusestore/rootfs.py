@@ -438,6 +438,21 @@ class Rootfs(Branch):
     def attached(self) -> bool:
         return self._opened is not None
 
+    is_doorway = False
+    is_covered = False
+
+    def before_enter(self) -> None:
+        pass
+
+    def require_hope(self, pid: int) -> None:
+        pass
+
+    def enter(self, pid: int) -> "Rootfs":
+        return self
+
+    def leave(self) -> None:
+        pass
+
     @property
     def in_use(self) -> bool:
         """Whether a file or directory is open in it."""

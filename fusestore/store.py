@@ -47,7 +47,8 @@ from .layout import (
     default_run_dir,
     run_layout,
 )
-from .mounts import Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
+from .metadataimage import write_metadata_image
+from .mounts import IDLE, Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
 from .names import parse_container_id
 from .nodes import Digest
 from .sources import Source, open_source
@@ -345,6 +346,21 @@ class Store:
         """Has open layers read the blobs that are there now: an import, also by others, may replace some."""
         self._layers.reopen()
 
+    def metadata_image(self, image: Image) -> str:
+        """The file with its merged tree for the kernel (fusestore.erofs), made if it is missing.
+
+        Its devices are the layers' tars, bottom first. Raises NotSupported for a tree EROFS cannot hold.
+        """
+        path = self._layout.metadata_image(image.id)
+        if not os.path.exists(path):
+            layers = self.open_layers(image)
+            with self._workspace.scratch() as scratch:
+                write_metadata_image(layers, scratch.create("image"))
+                with self._workspace.lock():
+                    self._images.find(image.id)  # deleted meanwhile, it is not to come back
+                    self._workspace.publish((scratch.join("image"), path))
+        return path
+
     def manifest(self, image: Image) -> bytes:
         """Raises StoreDamaged."""
         return self._images.read_blob(image.manifest, "manifest")
@@ -468,11 +484,13 @@ class Store:
         `empty_trash`, or `close`, gives the space back.
         """
         self._leaves_trash = True
+        self.ask_to_leave(self._containers.resolve(ref))
         container_id = self._containers.delete(ref)
         self._mounts.announce(Changed("containers", container_id))
 
     def rename_container(self, old: str, new: str) -> None:
         """An id becomes another id, a name another name. Raises as deleting does, and BadName, Exists."""
+        self.ask_to_leave(self._containers.resolve(old))
         self._containers.rename(old, new)
         self._mounts.announce(Changed("containers", old))
 
@@ -542,6 +560,10 @@ class Store:
         """Its upper directory, in overlayfs's format."""
         return self._layout.upper(container_id)
 
+    def overlay_work_dir(self, container_id: str) -> str:
+        """Its work directory for overlayfs."""
+        return self._layout.work(container_id)
+
     def hold(self, ref: str) -> Hold:
         """Keeps a container from being deleted, renamed or bound, while it is in use.
 
@@ -584,6 +606,10 @@ class Store:
                     syncfs(fd)
                 finally:
                     os.close(fd)
+
+    def ask_to_leave(self, container_id: str = "") -> None:
+        """Has every other mount let go of a container, or of all, where it is idle. Returns when done."""
+        self._mounts.announce(Changed(IDLE, container_id))
 
     def lock(self) -> AbstractContextManager[None]:
         """While it is held nobody adds, removes or renames anything, and every method here that would waits.

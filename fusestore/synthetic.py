@@ -83,15 +83,53 @@ class RootfsBranch(Protocol):
         """Bytes that changes may take on disk (fusestore.quota); None for any number."""
         ...
 
+    @property
+    def is_doorway(self) -> bool:
+        """Its root is only what the kernel mounts something over when somebody comes."""
+        ...
+
+    @property
+    def is_covered(self) -> bool:
+        """It is a doorway, and that is done."""
+        ...
+
+    def before_enter(self) -> Maybe[None]:
+        """What can take long, and makes no requests of this mount."""
+        ...
+
+    def require_hope(self, pid: int) -> None:
+        """Raises what `enter` raised for that thread, once: the kernel asks again before it gives up."""
+        ...
+
+    def enter(self, pid: int) -> "Maybe[RootfsBranch]":
+        """The thread `pid` comes, who knows the name: what it finds there, this or another in its place."""
+        ...
+
+    def leave(self) -> Maybe[None]:
+        """Give back what is held though nobody is there. Raises Busy if somebody is, and it is held."""
+        ...
+
     def detach(self) -> None:
         """Give up all descriptors. Its nodes answer Stale from now on. Idempotent."""
         ...
 
 
 class RootfsDriver(Protocol):
-    """Makes what a rootfs is. All four are cheap: what they return opens something on first use only."""
+    """Makes what a rootfs is. All are cheap: what they return opens something on first use only."""
 
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> RootfsBranch: ...
+
+    def approached(self, container_id: str, pid: int) -> None:
+        """The thread `pid` makes or finds a container: it may come to its rootfs. Returns at once."""
+        ...
+
+    def look_up(self, container_id: str) -> None:
+        """Walk to a rootfs through the kernel. In a thread; makes requests of this very mount."""
+        ...
+
+    def is_walker(self, pid: int) -> bool:
+        """Whether the thread `pid` walks for `approached` or `look_up`, or mounts."""
+        ...
 
     def directory(self, path: str, parent: Node) -> RootfsBranch:
         """`path`: a real directory, shown as it is."""

@@ -99,6 +99,16 @@ class Tree:
 
     # Names
 
+    def before_lead_in(self, parent_ino: int, name: bytes, pid: int) -> Maybe[None]:
+        """Precedes `lead_in`: what may take long."""
+        node = self.inodes.node(parent_ino)
+        return self._containers.before_lead_in(node, name, pid) if node.branch is self._containers else None
+
+    def lead_in(self, parent_ino: int, name: bytes, pid: int) -> Maybe[None]:
+        """Precedes a `lookup` by the thread `pid`, who should not pass before it is done, if that is soon."""
+        node = self.inodes.node(parent_ino)
+        return self._containers.lead_in(node, name, pid) if node.branch is self._containers else None
+
     def lookup(self, parent_ino: int, name: bytes) -> Maybe[Entry]:
         if name == b".":
             return self._recalled(parent_ino)
@@ -136,11 +146,19 @@ class Tree:
         """Another process changed something in the store: directory and name that the kernel must forget."""
         name = changed.name.encode()
         if changed.place == "containers":
-            self._containers.heard(changed.name)
-            return self._containers.root.ino, name
+            keeps = self._containers.heard(changed.name)
+            return None if keeps else (self._containers.root.ino, name)
         if changed.place == "images":
             return self._images.root.ino, name
         return None
+
+    def abandon(self) -> None:
+        """The mount point is gone: hold nothing for those who are still inside."""
+        self._containers.abandon()
+
+    def let_go(self, container_id: str) -> Maybe[None]:
+        """Unmount the rootfs of a container, or of all for "", where nobody is in it."""
+        return self._containers.let_go(container_id)
 
     def forget(self, counts: Iterable[tuple[int, int]]) -> list[int]:
         """`counts`: inode number, and by how much the kernel's count sinks.
@@ -162,8 +180,12 @@ class Tree:
 
     # Attributes
 
-    def getattr(self, ino: int) -> Maybe[Entry]:
-        return self._shown(self.inodes.node(ino))
+    def getattr(self, ino: int, pid: int = 0) -> Maybe[Entry]:
+        """`pid`: the thread that asks; 0 if it is none of this machine's."""
+        node = self.inodes.node(ino)
+        if node.branch.ready:
+            return Entry(node, node.branch.attr(node))
+        return self._peeked_for(node, pid)
 
     def setattr(self, ino: int, changes: Changes, fh: int | None, caller: Caller) -> Maybe[Entry]:
         """A size goes to the handle, where the kernel names one: it may change what the mode forbids."""
@@ -353,6 +375,9 @@ class Tree:
     def _peeked(self, node: Node) -> Steps[Entry]:
         return Entry(node, (yield from node.branch.peek(node)))
 
+    def _peeked_for(self, node: Node, pid: int) -> Steps[Entry]:
+        return Entry(node, (yield from node.branch.peek_for(node, pid)))
+
     def _entered(self, found: Maybe[Node]) -> Maybe[Entry]:
         if not isinstance(found, Node) or not found.branch.ready:
             return self._entered_later(found)
@@ -363,9 +388,13 @@ class Tree:
 
     def _entered_later(self, found: Maybe[Node]) -> Steps[Entry]:
         node = yield from _steps(found)
-        entry = yield from _steps(self._shown(node))
+        # Counted before: meanwhile another node may come in its place, which takes the count over.
         self.inodes.remember(node)
-        return entry
+        try:
+            return (yield from _steps(self._shown(node)))
+        except BaseException:
+            self.inodes.forget(node.ino, 1)
+            raise
 
     def _changed(self, node: Node, steps: Steps[None]) -> Steps[Entry]:
         yield from steps
@@ -456,16 +485,18 @@ class Tree:
     ) -> Steps[None]:
         """The rest of `_emit`, from `index` on: that is `child`, whose branch is not ready."""
         entry: Entry | None = None
+        self.inodes.remember(child)  # see `_entered_later`
         try:
             entry = yield from self._peeked(child)
         except _GONE:
             pass
         except (errors.FusestoreError, OSError):
             entry = _guess(child)
-        if entry is not None:
-            if not emit(listing[index][0], entry, index + 3):
+        is_taken = entry is not None and emit(listing[index][0], entry, index + 3)
+        if not is_taken:
+            self.inodes.forget(child.ino, 1)
+            if entry is not None:
                 return
-            self.inodes.remember(child)
         yield from _steps(self._emit(handle, listing, index + 3, emit))
 
 

@@ -114,12 +114,20 @@ def _publisher(directory: Path) -> Callable[[Path], Path]:
     return publish
 
 
-@pytest.fixture(scope="session", params=["root", "user"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Who makes a test's mounts, where the test does not say: its module's PERSONS, or root and a user."""
+    named = any("person" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "person" in metafunc.fixturenames and not named:
+        persons = getattr(metafunc.module, "PERSONS", ("root", "user"))
+        metafunc.parametrize("person", persons, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def person(request: pytest.FixtureRequest) -> Person:
-    """Root and a plain user in turn, able to run the installed command and to mount."""
-    if request.param == "root":
+    """Root, root with the driver erofs, or a plain user, able to run the installed command and to mount."""
+    if request.param in ("root", "erofs"):
         need("root", os.geteuid() == 0, "run the tests as root to test root's mounts")
-        found = root()
+        found = replace(root(), driver="union" if request.param == "root" else "erofs")
     else:
         found = plain_user()
         why = f"{found.name} cannot run the installed fusestore: put it and its Python where all may read"
@@ -140,7 +148,7 @@ def _can_run_fusestore(person: Person) -> bool:
 
 @pytest.fixture(scope="session")
 def _shared(person: Person, images: Images, area: Path) -> Iterator[Mount]:
-    mount = Mount(person, area / f"shared-{person.name}")
+    mount = Mount(person, area / f"shared-{person.name}-{person.driver}")
     try:
         # The first becomes the default, which containers made by mkdir are of.
         mount.fusestore("import", images.busybox.source).ok()

@@ -18,6 +18,8 @@ from rig.snapshot import differences, snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
+PERSONS = ("root", "user", "erofs")
+
 CHANGED = """
 C /lower
 C /lower/kept

@@ -12,6 +12,8 @@ from rig.tars import END, header, long_name, member, pax
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
+PERSONS = ("root", "user", "erofs")
+
 HARD, SYMBOLIC, DIRECTORY = b"1", b"2", b"5"
 
 TRAVERSING = member(b"../../etc/passwd", b"x")

@@ -14,6 +14,8 @@ from rig.snapshot import snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
+PERSONS = ("root", "user", "erofs")
+
 
 def _id(mount: Mount, name: str) -> str:
     return os.path.basename(mount.sh("readlink images/$1", name).ok().strip())

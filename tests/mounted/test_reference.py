@@ -32,7 +32,7 @@ def test_a_new_container_equals_the_reference(mounted: Mount, images: Images, im
 @pytest.fixture(scope="module")
 def other_forms(person: Person, images: Images, area: Path) -> Iterator[Mount]:
     """A mount of debian in each form in which an image can come, under the name of the form."""
-    mount = Mount(person, area / f"forms-{person.name}")
+    mount = Mount(person, area / f"forms-{person.name}-{person.driver}")
     sources = {
         "zstd": images.zstd.source,
         "chunked": images.chunked.source,

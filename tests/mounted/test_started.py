@@ -9,6 +9,8 @@ from rig.mounts import Mount
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
+PERSONS = ("root", "user", "erofs")
+
 _PIN = "echo '{\"mounted\": true}' > containers/$1/metadata.json"
 _RELEASE = "echo '{\"mounted\": false}' > containers/$1/metadata.json"
 

@@ -8,6 +8,8 @@ from rig.mounts import Mount
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
+PERSONS = ("root", "user", "erofs")
+
 both = pytest.mark.parametrize("directory", ["workdir", "rundir"])
 
 

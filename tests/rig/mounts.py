@@ -4,6 +4,7 @@ After a test, `Mount.check_log` fails it for every warning or error in the daemo
 declare with `Mount.expect`; after the last, `Mount.close` fails for a mount or process that is still there.
 """
 
+import errno
 import os
 import re
 import shlex
@@ -81,7 +82,7 @@ class Mount(Place):
         return id(self)
 
     def mount(self) -> "Mount":
-        self.fusestore("mount", *self.options, self.mountpoint).ok()
+        self.fusestore("mount", "--driver", self.person.driver, *self.options, self.mountpoint).ok()
         _live.add(self)
         return self
 
@@ -103,6 +104,10 @@ class Mount(Place):
         return self.person.run(
             "bash", "-c", enter + script, "bash", *arguments, env=self.environment, deadline_s=deadline_s
         )
+
+    def refusal_of(self, part: str) -> int:
+        """How removing or renaming a part of a container fails: the kernel says it where it mounted one."""
+        return errno.EBUSY if part == "rootfs" and self.person.driver == "erofs" else errno.EPERM
 
     def new_id(self) -> str:
         """An id for a container that no other test has."""

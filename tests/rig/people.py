@@ -61,6 +61,8 @@ class Person:
     uid: int
     gid: int
     home: str
+    driver: str = "union"
+    """Of the mounts that this person makes."""
 
     rescue: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
     """Called before a late child is killed."""

@@ -54,6 +54,21 @@ class FakeRootfs(Branch):
     def in_use(self) -> bool:
         return self.handles > 0
 
+    is_doorway = False
+    is_covered = False
+
+    def before_enter(self) -> None:
+        pass
+
+    def require_hope(self, pid: int) -> None:
+        pass
+
+    def enter(self, pid: int) -> "FakeRootfs":
+        return self
+
+    def leave(self) -> None:
+        pass
+
     def detach(self) -> None:
         self.attached = False
         self.is_detached = True
@@ -99,6 +114,15 @@ class FakeDriver:
     def __init__(self, store: Store, inodes: Inodes) -> None:
         self._inodes = inodes
         self.made: list[FakeRootfs] = []
+
+    def approached(self, container_id: str, pid: int) -> None:
+        pass
+
+    def look_up(self, container_id: str) -> None:
+        pass
+
+    def is_walker(self, pid: int) -> bool:
+        return False
 
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> FakeRootfs:
         return self._make(parent, f"container {container_id}", label)

@@ -67,6 +67,19 @@ def test_nothing_can_be_made_or_changed_in_the_root(
     assert caught.value.errno in (errno.EPERM, errno.EXDEV)
 
 
+def test_what_comes_in_the_place_of_a_node_being_looked_up_is_what_the_kernel_knows(shell: TreeShell) -> None:
+    with shell.walk("containers/c") as container:
+        looking = shell.tree.lookup(container.node.ino, b"rootfs")
+        assert isinstance(looking, GeneratorType)
+        next(looking)
+        old = shell.driver.made[-1].root
+        new = FakeRootfs(shell.tree.inodes, container.node, "new").root
+        shell.tree.inodes.replace(old, new)
+        with pytest.raises(StopIteration):
+            looking.send(None)
+        assert shell.tree.inodes.node(old.ino) is new
+
+
 def test_statfs_is_that_of_the_stores_file_system(tree: Tree, store: Store) -> None:
     found = os.statvfs(store.path)
     assert (tree.statfs()[0], tree.statfs()[2], tree.statfs()[8]) == (

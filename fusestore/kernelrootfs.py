@@ -1,0 +1,312 @@
+"""A container's rootfs that the kernel serves: overlayfs over an EROFS image, mounted on first use. Blocking.
+
+The kernel's mount lies over the directory ``rootfs`` of this mount, which is then only what a path leads
+through. How somebody who comes is led into it (fs/namei.c, fs/fuse/dir.c):
+
+* The name is asked for each time, since neither name nor attributes may be kept. A LOOKUP of a name that the
+  kernel knows holds no lock: it is answered when the mount is there, and the walk crosses into it.
+* The LOOKUP that makes the name known cannot wait: our own walk to the place would wait behind it. It is
+  answered ESTALE, so that the whole path is walked again; meanwhile our walker does (`fusestore.mounter`).
+* Whatever else comes is answered ESTALE at once: system calls then walk once more, with a LOOKUP first.
+  Holding it could be a deadlock: some ask with the lock of the directory held, which the mount needs too.
+
+A LOOKUP that fails, or gives another inode, has the kernel forget the name, and what is mounted over it.
+
+The rules a maintainer must not break: nothing but that one LOOKUP waits for the mount, and that not for long
+(`fusestore.fuse`); while it is mounted the name leads to the same inode.
+"""
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+
+from .errors import Busy, FusestoreError, Locked, NotSupported, Stale
+from .images import Image
+from .inodes import Branch, Closable, Inodes, Maybe, Node, Outward, Pending, Steps
+from .mounter import Mounter
+from .nodes import Attr
+from .store import Store
+from .synthetic import RootfsBranch
+
+__all__ = ["KernelMounts", "KernelRootfs"]
+
+_log = logging.getLogger("fusestore")
+
+_FAILURE_S = 1.0
+"""How soon somebody walks again whose walk failed, at the latest."""
+
+
+class KernelMounts:
+    """What the kernel has mounted for a daemon. Thread-safe."""
+
+    def __init__(self, store: Store, mountpoint: str) -> None:
+        self.mounter = Mounter()
+        self._store = store
+        self._mountpoint = mountpoint
+
+    def place(self, container_id: str) -> str:
+        """The directory that a container's rootfs is in this mount."""
+        return f"{self._mountpoint}/containers/{container_id}/rootfs"
+
+    def mount(self, container_id: str, image: Image, hold: Closable) -> "_Mounted":
+        """Makes requests of the mount itself. `hold` is closed when it is unmounted. Raises OSError."""
+        token, number = self.mounter.mount(
+            self.place(container_id),
+            self._store.metadata_image(image),
+            self._tars(image),
+            self._options(container_id),
+        )
+        return _Mounted(self.mounter, token, number, hold)
+
+    def _tars(self, image: Image) -> Sequence[str]:
+        """Uncompressed layers are read where they are, the others as this mount shows them."""
+        return [
+            f"{self._mountpoint}/images/{image.id}/layers/{number}/tar"
+            if layer.is_compressed
+            else self._store.blob_path(layer.blob)
+            for number, layer in enumerate(image.layers)
+        ]
+
+    def _options(self, container_id: str) -> list[tuple[bytes, bytes]]:
+        """overlayfs.rst. index=off and metacopy=off: what the union reads too; redirect_dir=on: see upper."""
+        return [
+            (b"source", b"fusestore"),
+            (b"upperdir", _escaped(self._store.upper_dir(container_id))),
+            (b"workdir", _escaped(self._store.overlay_work_dir(container_id))),
+            (b"redirect_dir", b"on"),
+            (b"index", b"off"),
+            (b"metacopy", b"off"),
+            (b"xino", b"on"),
+        ]
+
+
+class _Unmountable(NotSupported):
+    """A container that is not for the kernel, as it is now."""
+
+
+class _Mounted:
+    """A container's mount."""
+
+    def __init__(self, mounter: Mounter, token: int, number: int, hold: Closable) -> None:
+        """See `Mounter.mount`."""
+        self._mounter = mounter
+        self._token = token
+        self._number = b"%d " % number
+        self._hold = hold
+
+    def is_there(self) -> bool:
+        with open("/proc/self/mountinfo", "rb") as file:
+            return any(line.startswith(self._number) for line in file)
+
+    def unmount(self) -> None:
+        """Raises Busy while somebody is in it."""
+        try:
+            self._mounter.unmount(self._token)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise Busy("somebody is in the rootfs of the container: leave it first") from None
+            raise
+        self._hold.close()
+
+    def give_up(self) -> None:
+        """Unmount, whoever is in it. Returns at once."""
+        self._mounter.unmount_lazily(self._token)
+        self._hold.close()
+
+
+class _Doorway(Node):
+    """The directory that the kernel's mount lies over."""
+
+    __slots__ = ()
+
+    entry_timeout_s = 0.0
+    attr_timeout_s = 0.0
+
+
+class KernelRootfs(Branch):
+    """Touched by the event loop's thread only, but for `_mount`."""
+
+    in_use = False
+    """Who is in it the kernel knows: `leave`."""
+    is_doorway = True
+
+    def __init__(
+        self,
+        inodes: Inodes,
+        outer: Node,
+        mounts: KernelMounts,
+        store: Store,
+        container_id: str,
+        peek: Callable[[], Attr],
+        prepare_upper: Callable[[], object],
+        make_union: Callable[[], RootfsBranch],
+    ) -> None:
+        """`outer` is what '..' of the root is. `peek`: the attributes of the root, before it is mounted.
+
+        `prepare_upper` makes the upper directory; `make_union` what serves a container that cannot be
+        mounted.
+        """
+        self.label = b""
+        self.root = _Doorway(self, inodes.number())
+        self._outer = outer
+        self._mounts = mounts
+        self._store = store
+        self._id = container_id
+        self._peek = peek
+        self._prepare_upper = prepare_upper
+        self._make_union = make_union
+        self._mounted: _Mounted | None = None
+        self._shown: Attr | None = None
+        """The root's attributes as they were before it was mounted."""
+        self._union: RootfsBranch | None = None
+        self._pending: Pending | None = None
+        """Mounting or unmounting, which somebody does now."""
+        self._failures: dict[int, tuple[FusestoreError, float]] = {}
+        """By thread: why it could not be mounted, for its next walk, and until when that counts."""
+        self._has_image = False
+        """What takes long is done: there is an EROFS image, or cannot be."""
+        self._is_detached = False
+
+    @property
+    def attached(self) -> bool:
+        return self._mounted is not None
+
+    @property
+    def is_covered(self) -> bool:
+        return self._mounted is not None
+
+    # Whatever comes to the directory itself must look again.
+
+    @property
+    def ready(self) -> bool:
+        return False
+
+    def prepare(self) -> Steps[None]:
+        raise Stale("not through here: walk again")
+
+    def parent(self, node: Node) -> Node:
+        return self._outer
+
+    def peek(self, node: Node) -> Steps[Attr]:
+        if self._is_detached:
+            raise Stale("the container is gone")
+        if self._shown is None or self._mounted is None:
+            self._shown = yield self._peek
+        return self._shown
+
+    def peek_for(self, node: Node, pid: int) -> Steps[Attr]:
+        if self._mounted is not None and not self._mounted.is_there():
+            # Unmounted by hand, or with a name that the kernel forgot.
+            mounted, self._mounted = self._mounted, None
+            mounted.give_up()
+        if self._mounted is None and not self._mounts.mounter.is_own(pid):
+            self.require_hope(pid)
+            raise Stale("not mounted yet: walk again")
+        return (yield from self.peek(node))
+
+    # Life
+
+    def before_enter(self) -> Maybe[None]:
+        return None if self._mounted is not None or self._has_image else self._before_enter()
+
+    def _before_enter(self) -> Steps[None]:
+        yield self._make_image
+        self._has_image = True
+
+    def require_hope(self, pid: int) -> None:
+        error, until = self._failures.pop(pid, (None, 0.0))
+        if error is not None and time.monotonic() < until:
+            raise error
+
+    def _make_image(self) -> None:
+        """In a thread; what it finds wrong `_mount` finds again. A million names take half a minute."""
+        with suppress(FusestoreError, OSError):
+            self._store.metadata_image(self._store.image(self._store.container(self._id).image_id))
+
+    def enter(self, pid: int) -> Maybe[RootfsBranch]:
+        return self if self._mounted is not None else self._enter(pid)
+
+    def _enter(self, pid: int) -> Steps[RootfsBranch]:
+        while self._pending is not None:
+            yield self._pending
+        if self._is_detached:
+            raise Stale("the container is gone")
+        if self._mounted is not None or self._union is not None:
+            return self._union or self
+        with self._doing():
+            try:
+                mounted = yield Outward(self._mount)
+            except (NotSupported, OSError) as error:
+                level = logging.INFO if isinstance(error, _Unmountable) else logging.WARNING
+                _log.log(level, "container %s is served by the union: %s", self._id, error)
+                self._union = self._make_union()
+                return self._union
+            except FusestoreError as error:
+                self._fail(pid, error)
+                raise
+        if self._is_detached:
+            mounted.give_up()
+            raise Stale("the container is gone")
+        self._mounted = mounted
+        return self
+
+    def _fail(self, pid: int, error: FusestoreError) -> None:
+        now = time.monotonic()
+        self._failures = {who: told for who, told in self._failures.items() if told[1] > now}
+        # Who is told Locked is made to try again, and need not be told by then.
+        told = Busy(str(error)) if isinstance(error, Locked) else error
+        self._failures[pid] = told, now + _FAILURE_S
+
+    def leave(self) -> Maybe[None]:
+        return None if self._mounted is None and self._pending is None else self._leave()
+
+    def _leave(self) -> Steps[None]:
+        while self._pending is not None:
+            if self._mounted is None:
+                # Who asks may hold locks that our walk to the place needs.
+                raise Busy("somebody is coming to the rootfs of the container: wait until they are in")
+            yield self._pending
+        if self._mounted is not None:
+            with self._doing():
+                yield Outward(self._mounted.unmount)
+                self._mounted = None
+
+    def detach(self) -> None:
+        self._is_detached = True
+        mounted, self._mounted = self._mounted, None
+        if mounted is not None:
+            mounted.give_up()
+
+    def _doing(self) -> ExitStack:
+        """While it is open others wait."""
+        self._pending = pending = Pending()
+
+        def end() -> None:
+            self._pending = None
+            pending.finish()
+
+        stack = ExitStack()
+        stack.callback(end)
+        return stack
+
+    def _mount(self) -> _Mounted:
+        """In a thread. Raises NotSupported for what only the union serves, OSError if the kernel cannot."""
+        if self.label:
+            raise _Unmountable("it has a mountlabel")
+        with ExitStack() as stack:
+            hold: Closable = self._store.hold(self._id)
+            stack.callback(hold.close)
+            image_id = self._store.container(self._id).image_id
+            if not image_id:
+                raise _Unmountable("it has no image yet")
+            self._prepare_upper()
+            mounted = self._mounts.mount(self._id, self._store.image(image_id), hold)
+            stack.pop_all()
+            return mounted
+
+
+def _escaped(path: str) -> bytes:
+    return os.fsencode(path).replace(b"\\", b"\\\\")

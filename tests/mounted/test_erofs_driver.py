@@ -1,0 +1,197 @@
+"""Containers that the kernel serves: how one comes in, who may take them away, and what a crash leaves.
+
+That they are what the union shows the other files of this directory test, with `person` "erofs".
+"""
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rig.mounts import Mount, wait_until
+
+pytestmark = [pytest.mark.mounted, pytest.mark.images]
+
+PERSONS = ("erofs",)
+
+FIRST_STEPS = {
+    "stat": "stat $1/etc/hostname",
+    "ls": "ls $1 | grep -q etc",
+    "open": "cat $1/etc/hostname",
+    "setxattr": "setfattr -n user.x -v y $1",
+    "getxattr": "getfattr --absolute-names -d $1",
+    "chmod": "chmod 755 $1",
+    "chdir": "cd $1 && cat etc/hostname",
+    "chroot": "chroot $1 /bin/true",
+    "O_PATH": "python3 -c 'import os, sys; os.stat(\"etc\", dir_fd=os.open(sys.argv[1], os.O_PATH))' $1",
+    "rename": "echo x > $1/a && mv $1/a $1/b",
+    "mkdir": "mkdir -p $1/new",
+    "create": "echo x > $1/created",
+    "exec": "$1/bin/busybox true",
+    "bind": "unshare -m mount --bind $1 /mnt",
+}
+
+
+def _overlays(mount: Mount) -> list[str]:
+    """Where something is mounted below the mount point."""
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [fields[4] for fields in lines if fields[4].startswith(f"{mount.mountpoint}/")]
+
+
+def _kill(mount: Mount) -> None:
+    (pid,) = mount.pids()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not mount.pids())
+
+
+def test_the_kernel_serves_who_enters_and_none_before(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/a containers/b; ls -l containers; cat containers/a/metadata.json").ok()
+    assert _overlays(fresh) == []
+    assert fresh.sh("cat containers/a/rootfs/etc/hostname; stat -f -c %T containers/a/rootfs").ok() == (
+        "busybox\noverlayfs\n"
+    )
+    assert _overlays(fresh) == [f"{fresh.containers}/a/rootfs"]
+
+
+@pytest.mark.parametrize("step", FIRST_STEPS)
+@pytest.mark.parametrize("where", ["from anywhere", "from the container's directory"])
+def test_whatever_comes_first_is_led_in(fresh: Mount, step: str, where: str) -> None:
+    path = "containers/c/rootfs" if where == "from anywhere" else "rootfs"
+    enter = "" if where == "from anywhere" else "cd containers/c; sleep 0.1;"
+    for moment in ("after mkdir", "after a mount"):
+        if moment == "after mkdir":
+            fresh.sh("mkdir containers/c").ok()
+        else:
+            fresh.umount()
+            fresh.mount()
+        result = fresh.sh(f"{enter} set -- {path}; {FIRST_STEPS[step]}")
+        assert result.code == 0, f"{moment}: {result.err}"
+        assert _overlays(fresh) == [f"{fresh.containers}/c/rootfs"]
+
+
+def test_all_first_steps_at_once_are_led_in(fresh: Mount) -> None:
+    steps = "\n".join(f"({step}) > /dev/null 2>> $2 & " for step in FIRST_STEPS.values())
+    for number in range(10):
+        errors = fresh.base / f"errors{number}"
+        script = f"mkdir containers/$1; set -- $PWD/containers/$1/rootfs $2; {steps}\nwait; cat $2"
+        assert fresh.sh(script, f"c{number}", errors).ok() == ""
+    assert len(_overlays(fresh)) == 10
+
+
+@pytest.mark.parametrize(
+    "take_away",
+    (
+        lambda mount: mount.sh("rmdir containers/c"),
+        lambda mount: mount.sh("rm -r containers/c"),
+        lambda mount: mount.fusestore("rm", "c"),
+    ),
+    ids=("rmdir", "rm -r", "command"),
+)
+def test_a_container_that_nobody_is_in_goes(fresh: Mount, take_away: Callable[[Mount], object]) -> None:
+    fresh.sh("mkdir containers/c; echo x > containers/c/rootfs/file").ok()
+    take_away(fresh).ok()  # type: ignore[attr-defined]
+    assert _overlays(fresh) == []
+    assert fresh.sh("ls containers").ok() == ""
+
+
+@pytest.mark.parametrize("take_away", ("rmdir containers/c", "mv containers/c containers/d", "fusestore rm c",
+                                       "rm -r containers/c"))  # fmt: skip
+def test_a_container_that_somebody_is_in_stays_whole(fresh: Mount, take_away: str) -> None:
+    fresh.sh("mkdir containers/c; echo x > containers/c/rootfs/file").ok()
+    script = f"exec 3< containers/c/rootfs/file; {take_away}; code=$?; cat <&3; exit $code"
+    result = fresh.sh(script)
+    result.fails_with(errno.EBUSY) if "fusestore" not in take_away else None
+    assert result.code and result.out == "x\n"
+    assert fresh.sh("cat containers/c/rootfs/file containers/c/rootfs/etc/hostname").ok() == "x\nbusybox\n"
+
+
+def test_mv_takes_the_content_along(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c; echo x > containers/c/rootfs/file; mv containers/c containers/d").ok()
+    assert fresh.sh("cat containers/d/rootfs/file").ok() == "x\n"
+    assert _overlays(fresh) == [f"{fresh.containers}/d/rootfs"]
+
+
+def test_starting_and_stopping_leave_the_mount_to_who_is_in_it(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c").ok()
+    script = "exec 3> containers/c/rootfs/file; fusestore start c; fusestore stop c; echo y >&3; cat $1"
+    assert fresh.sh(script, "containers/c/rootfs/file").ok().endswith("y\n")
+    assert len(_overlays(fresh)) == 1
+
+
+def test_what_was_unmounted_by_hand_is_mounted_again(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c; echo x > containers/c/rootfs/file; umount containers/c/rootfs").ok()
+    assert fresh.sh("cat containers/c/rootfs/file").ok() == "x\n"
+
+
+def test_umount_is_refused_while_somebody_is_in_a_container(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c").ok()
+    assert fresh.sh("cd containers/c/rootfs; fusestore umount $1", fresh.mountpoint).code == 1
+    assert fresh.sh("cat containers/c/rootfs/etc/hostname").ok() == "busybox\n"
+
+
+def test_what_a_killed_daemon_left_is_taken_away(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c; echo x > containers/c/rootfs/file; ls containers/c/rootfs/bin").ok()
+    _kill(fresh)
+    assert len(_overlays(fresh)) == 1
+    fresh.mount()
+    assert _overlays(fresh) == []
+    assert fresh.sh("cat containers/c/rootfs/file").ok() == "x\n"
+
+
+def test_nobody_hangs_when_the_daemon_is_killed_as_they_enter(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c{0..19}").ok()
+    script = """
+        for number in {0..19}; do ls containers/c$number/rootfs > /dev/null 2>&1 & done
+        kill -KILL $1; wait; true
+    """
+    fresh.sh(script, str(fresh.pids()[0])).ok()
+    fresh.mount()
+    assert fresh.sh("cat containers/c7/rootfs/etc/hostname").ok() == "busybox\n"
+    fresh.fusestore("check").ok()
+
+
+def test_link_counts_and_o_direct_are_overlayfs_own(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c").ok()
+    assert fresh.sh("stat -c %h containers/c/rootfs").ok() == "1\n"
+    result = fresh.sh("dd if=containers/c/rootfs/etc/hostname iflag=direct of=/dev/null")
+    result.fails_with(errno.EINVAL)
+
+
+def test_hard_links_of_the_image_part_when_one_is_written_to(mounted: Mount) -> None:
+    name = mounted.new_id()
+    mounted.fusestore("create", "debian", name).ok()
+    script = (
+        "cd containers/$1/rootfs/upper; echo four >> linked-2; tail -n 1 linked-1 linked-2 | grep -c four"
+    )
+    assert mounted.sh(script, name).ok() == "1\n"
+    mounted.sh("rmdir containers/$1", name).ok()
+
+
+@pytest.mark.parametrize("command", ["rmdir containers/c/rootfs", "mv containers/c/rootfs containers/c/x"])
+def test_a_rootfs_that_was_entered_is_busy(fresh: Mount, command: str) -> None:
+    fresh.sh("mkdir containers/c; ls containers/c/rootfs").ok()
+    fresh.sh(command).fails_with(errno.EBUSY)
+    assert fresh.sh("cat containers/c/rootfs/etc/hostname").ok() == "busybox\n"
+
+
+def test_a_container_with_a_mountlabel_is_the_unions(fresh: Mount) -> None:
+    label = "system_u:object_r:container_file_t:s0"
+    fresh.fusestore("create", "default", "c", "--label", label).ok()
+    shown = fresh.sh("getfattr --only-values -n security.selinux containers/c/rootfs/etc/hostname").ok()
+    assert shown.rstrip("\0\n") == label
+    assert _overlays(fresh) == []
+
+
+def test_a_container_without_an_image_is_the_unions(fresh: Mount) -> None:
+    fresh.sh("rm images/default; mkdir containers/c; echo x > containers/c/rootfs/x").ok()
+    assert fresh.sh("cat containers/c/rootfs/x").ok() == "x\n"
+    assert _overlays(fresh) == []
+    assert "container c is served by the union: it has no image yet" in fresh.log()
+
+
+@pytest.mark.parametrize("person", ["user"], indirect=True)
+def test_a_plain_user_is_told_to_use_the_union(unmounted: Mount) -> None:
+    result = unmounted.fusestore("mount", "--driver", "erofs", unmounted.mountpoint)
+    assert (result.code, "use --driver union" in result.err) == (1, True)
