@@ -71,8 +71,7 @@ class UnionDriver:
         """Raises StoreUnusable where the store's files are kept in a way this process is not allowed."""
         self._store = store
         self._inodes = inodes
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._descriptors = Descriptors(max(64, limit // 4))
+        self._descriptors = Descriptors(_descriptors())
         self._serials = itertools.count()
         self._scratch = store.scratch()
         try:
@@ -147,7 +146,7 @@ class ErofsDriver(UnionDriver):
 
     def __init__(self, store: Store, inodes: Inodes, mountpoint: str) -> None:
         super().__init__(store, inodes)
-        self._mounts = KernelMounts(store, mountpoint)
+        self._mounts = KernelMounts(store, mountpoint, _descriptors())
 
     def close(self) -> None:
         self._mounts.mounter.close()
@@ -188,6 +187,12 @@ DRIVERS: dict[str, Callable[[Store, Inodes, str], UnionDriver]] = {
     ErofsDriver.name: ErofsDriver,
 }
 """By name, made with the mount point; `auto` takes the first."""
+
+
+def _descriptors() -> int:
+    """How many of this process's descriptors may be one thing's."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(64, limit // 4)
 
 
 def _agreed_scheme(store: Store, scratch: int) -> Scheme:

@@ -40,16 +40,30 @@ _FAILURE_S = 1.0
 
 
 class KernelMounts:
-    """What the kernel has mounted for a daemon. Thread-safe."""
+    """What the kernel has mounted for a daemon. `mount` is for threads, the rest for the event loop's."""
 
-    def __init__(self, store: Store, mountpoint: str) -> None:
+    def __init__(self, store: Store, mountpoint: str, most: int) -> None:
+        """`most`: how many containers may be mounted. Each takes a descriptor here and one of the mounter."""
         self.mounter = Mounter()
+        self.entered: dict[KernelRootfs, None] = {}
+        """What is mounted, the oldest first."""
+        self._most = most
         self._store = store
         self._mountpoint = mountpoint
 
     def place(self, container_id: str) -> str:
         """The directory that a container's rootfs is in this mount."""
         return f"{self._mountpoint}/containers/{container_id}/rootfs"
+
+    def make_room(self) -> Steps[None]:
+        """Precedes a mount. Raises NotSupported where somebody is in too many to have one more."""
+        for rootfs in list(self.entered):
+            if len(self.entered) < self._most:
+                return
+            with suppress(Busy):
+                yield from rootfs.leave_now()
+        if len(self.entered) >= self._most:
+            raise NotSupported(f"{self._most} containers are in use: raise `ulimit -n`")
 
     def mount(self, container_id: str, image: Image, hold: Closable) -> "_Mounted":
         """Makes requests of the mount itself. `hold` is closed when it is unmounted. Raises OSError."""
@@ -199,9 +213,7 @@ class KernelRootfs(Branch):
 
     def peek_for(self, node: Node, pid: int) -> Steps[Attr]:
         if self._mounted is not None and not self._mounted.is_there():
-            # Unmounted by hand, or with a name that the kernel forgot.
-            mounted, self._mounted = self._mounted, None
-            mounted.give_up()
+            self._give_up()  # unmounted by hand, or with a name that the kernel forgot
         if self._mounted is None and not self._mounts.mounter.is_own(pid):
             self.require_hope(pid)
             raise Stale("not mounted yet: walk again")
@@ -238,6 +250,7 @@ class KernelRootfs(Branch):
             return self._union or self
         with self._doing():
             try:
+                yield from self._mounts.make_room()
                 mounted = yield Outward(self._mount)
             except (NotSupported, OSError) as error:
                 level = logging.INFO if isinstance(error, _Unmountable) else logging.WARNING
@@ -251,6 +264,7 @@ class KernelRootfs(Branch):
             mounted.give_up()
             raise Stale("the container is gone")
         self._mounted = mounted
+        self._mounts.entered[self] = None
         return self
 
     def _fail(self, pid: int, error: FusestoreError) -> None:
@@ -261,9 +275,10 @@ class KernelRootfs(Branch):
         self._failures[pid] = told, now + _FAILURE_S
 
     def leave(self) -> Maybe[None]:
-        return None if self._mounted is None and self._pending is None else self._leave()
+        return None if self._mounted is None and self._pending is None else self.leave_now()
 
-    def _leave(self) -> Steps[None]:
+    def leave_now(self) -> Steps[None]:
+        """As `leave`."""
         while self._pending is not None:
             if self._mounted is None:
                 # Who asks may hold locks that our walk to the place needs.
@@ -272,13 +287,20 @@ class KernelRootfs(Branch):
         if self._mounted is not None:
             with self._doing():
                 yield Outward(self._mounted.unmount)
-                self._mounted = None
+                self._unmounted()
 
     def detach(self) -> None:
         self._is_detached = True
-        mounted, self._mounted = self._mounted, None
-        if mounted is not None:
-            mounted.give_up()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        if self._mounted is not None:
+            self._mounted.give_up()
+            self._unmounted()
+
+    def _unmounted(self) -> None:
+        self._mounted = None
+        self._mounts.entered.pop(self, None)
 
     def _doing(self) -> ExitStack:
         """While it is open others wait."""

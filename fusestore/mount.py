@@ -161,9 +161,23 @@ def run(
         departure.device = device_at(mountpoint)
         record = store.record_mount(mountpoint, os.getpid(), chosen)
         stack.callback(record.close)
+        _require_alone(store, record)
         watch = stack.enter_context(Watch(filesystem.meter, tree, store))
         trio.run(_serve, record, store, filesystem, trash, departure, watch, ready)
     _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
+
+
+def _require_alone(store: Store, record: MountRecord) -> None:
+    """Raises Busy for a second mount of a store of which the kernel serves containers, or is to.
+
+    overlayfs.rst: what else changes an upper directory has undefined behavior.
+    """
+    for other in store.mounts():
+        if other.bell_name != record.bell_name and ErofsDriver.name in (other.driver, record.driver):
+            raise Busy(
+                f"the store is mounted at {other.mountpoint} too, and by {ErofsDriver.name} it can be "
+                f"mounted once: fusestore umount {other.mountpoint}"
+            )
 
 
 def _init(filesystem: Filesystem, source: str, mountpoint: str, options: set[str]) -> int:

@@ -72,12 +72,40 @@ def test_whatever_comes_first_is_led_in(fresh: Mount, step: str, where: str) -> 
 
 
 def test_all_first_steps_at_once_are_led_in(fresh: Mount) -> None:
+    """In many containers at once: whoever waited for an answer that does not come would be late."""
     steps = "\n".join(f"({step}) > /dev/null 2>> $2 & " for step in FIRST_STEPS.values())
-    for number in range(10):
-        errors = fresh.base / f"errors{number}"
-        script = f"mkdir containers/$1; set -- $PWD/containers/$1/rootfs $2; {steps}\nwait; cat $2"
-        assert fresh.sh(script, f"c{number}", errors).ok() == ""
+    script = f"""
+        led_in() {{ set -- $PWD/containers/$1/rootfs $2; {steps}
+        wait; }}
+        for number in {{1..10}}; do mkdir containers/c$number; led_in c$number $1 & done; wait; cat $1
+    """
+    assert fresh.sh(script, fresh.base / "errors", deadline_s=240).ok() == ""
     assert len(_overlays(fresh)) == 10
+
+
+def test_umount_while_somebody_enters_is_done_or_refused(fresh: Mount) -> None:
+    script = """
+        cd /
+        for number in {1..5}; do
+            for one in {1..5}; do cat $1/containers/c$one/rootfs/etc/hostname & done > /dev/null 2>&1
+            until fusestore umount $1 2> $2; do grep -q busy $2 || cat $2; wait; done
+            wait; fusestore mount --driver erofs $1
+        done
+    """
+    fresh.sh("mkdir containers/c{1..5}").ok()
+    assert fresh.sh(script, fresh.mountpoint, fresh.base / "said", deadline_s=240).ok() == ""
+    assert fresh.sh("cat containers/c{1..5}/rootfs/etc/hostname | sort -u").ok() == "busybox\n"
+
+
+@pytest.mark.parametrize("drivers", [("erofs", "union"), ("union", "erofs"), ("erofs", "erofs")])
+def test_a_store_is_mounted_by_the_kernel_only_once(unmounted: Mount, drivers: tuple[str, str]) -> None:
+    second = unmounted.base / "second"
+    second.mkdir()
+    unmounted.fusestore("mount", "--driver", drivers[0], unmounted.mountpoint).ok()
+    refused = unmounted.fusestore("mount", "--driver", drivers[1], second)
+    assert (refused.code, "by erofs it can be mounted once" in refused.err) == (1, True)
+    assert not os.path.ismount(second)
+    unmounted.sh("mkdir containers/c; cat containers/c/rootfs/etc/hostname").ok()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +146,18 @@ def test_starting_and_stopping_leave_the_mount_to_who_is_in_it(fresh: Mount) -> 
     script = "exec 3> containers/c/rootfs/file; fusestore start c; fusestore stop c; echo y >&3; cat $1"
     assert fresh.sh(script, "containers/c/rootfs/file").ok().endswith("y\n")
     assert len(_overlays(fresh)) == 1
+
+
+def test_few_descriptors_serve_many_containers(unmounted: Mount) -> None:
+    """The oldest are unmounted where nobody is in them."""
+    script = "ulimit -n 256; exec fusestore mount --driver erofs $1"
+    unmounted.person.run("bash", "-c", script, "bash", unmounted.mountpoint, env=unmounted.environment).ok()
+    looks = """
+        for i in {1..80}; do mkdir containers/$i && echo $i > containers/$i/rootfs/id || exit 1; done
+        cat containers/{1..4}/rootfs/id | wc -l
+    """
+    assert unmounted.sh(looks, deadline_s=240).ok() == "4\n"
+    assert len(_overlays(unmounted)) == 64
 
 
 def test_what_was_unmounted_by_hand_is_mounted_again(fresh: Mount) -> None:
