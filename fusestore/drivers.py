@@ -24,6 +24,7 @@ from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
 from .kernelrootfs import KernelMounts, KernelRootfs
 from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
+from .mounts import BY_KERNEL
 from .nodes import Attr
 from .rootfs import Descriptors, Object, Opened, Opener, Rootfs
 from .store import Store
@@ -142,7 +143,7 @@ class UnionDriver:
 class ErofsDriver(UnionDriver):
     """The kernel serves containers, the union all else."""
 
-    name = "erofs"
+    name = BY_KERNEL
 
     def __init__(self, store: Store, inodes: Inodes, mountpoint: str) -> None:
         super().__init__(store, inodes)

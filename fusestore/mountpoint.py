@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from .errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from .layout import Layout, run_layout
+from .mounts import BY_KERNEL
 from .store import Store
 from .syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_POSIXACL, mount, syncfs, umount2
 
@@ -31,8 +32,8 @@ _KEPT_TIMEOUT_S = 3.0
 """How long an ordinary end may take, before it is looked for who keeps the mount."""
 _COMMAND_MAX = 80
 _POLL_S = 0.01
-_PATIENCE_S = 1.0
-"""How long what has ended may go on being in a mount that lies inside this one."""
+_PATIENCE_S = 2.0
+"""How long a mount is busy with what was unmounted inside it, whose files the kernel closes afterwards."""
 
 
 def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
@@ -204,38 +205,34 @@ def unmount(store: Store, mountpoint: str) -> None:
         disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, disk)
         processes = []
+        serves_by_kernel = False
         for record in store.mounts():
             if record.mountpoint == real:
+                serves_by_kernel |= record.driver == BY_KERNEL
                 with suppress(ProcessLookupError):
                     processes.append(os.pidfd_open(record.pid))
                     stack.callback(os.close, processes[-1])
         if processes:
             device = device_at(real)
             if device is not None:
-                _leave(store, real)
+                _leave(store, real, _PATIENCE_S if serves_by_kernel else 0)
             _wait_for_end(store, real, device, processes)
         elif not _clear_dead(mountpoint):
             raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
         syncfs(disk)
 
 
-def _leave(store: Store, real: str) -> None:
+def _leave(store: Store, real: str, patience_s: float) -> None:
     """Have the mount give back what the kernel has mounted inside it, and take it away. Raises Busy."""
-    give_up = time.monotonic() + _PATIENCE_S
+    give_up = time.monotonic() + patience_s
     while True:
         store.ask_to_leave()
         try:
             return detach(real)
         except Busy:
-            # A process that was waited for may still be about to lose its files, its root, its namespace.
-            if time.monotonic() > give_up or not _has_mounts_inside(real):
+            if time.monotonic() > give_up:
                 raise
         time.sleep(_POLL_S)
-
-
-def _has_mounts_inside(real: str) -> bool:
-    inside = os.fsencode(real) + b"/"
-    return any(entry.path.startswith(inside) for entry in _entries("self"))
 
 
 def _wait_for_end(store: Store, real: str, device: str | None, processes: list[int]) -> None:

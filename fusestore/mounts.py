@@ -30,6 +30,7 @@ from .layout import BELL_SUFFIX, UNFINISHED_MOUNT, RunLayout
 
 __all__ = [
     "BELL_MAX",
+    "BY_KERNEL",
     "HOW_ARE_YOU",
     "IDLE",
     "Changed",
@@ -44,6 +45,9 @@ BELL_MAX = 1 << 12
 
 HOW_ARE_YOU = b"?"
 """Said at a bell: the answer is a JSON object, what `fusestore status` shows."""
+
+BY_KERNEL = "erofs"
+"""The driver of mounts inside which the kernel has more mounted."""
 
 IDLE = "idle"
 """Said before a change: a container (all of them for "") is to be let go if it is idle."""
