@@ -164,6 +164,7 @@ class KernelRootfs(Branch):
         mounted.
         """
         self.label = b""
+        self._quota: int | None = None
         self.root = _Doorway(self, inodes.number())
         self._outer = outer
         self._mounts = mounts
@@ -221,6 +222,10 @@ class KernelRootfs(Branch):
 
     # Life
 
+    def set_quota(self, limit: int | None) -> None:
+        """Heeded when it is entered: the kernel knows none."""
+        self._quota = limit
+
     def before_enter(self) -> Maybe[None]:
         return None if self._mounted is not None or self._has_image else self._before_enter()
 
@@ -256,6 +261,7 @@ class KernelRootfs(Branch):
                 level = logging.INFO if isinstance(error, _Unmountable) else logging.WARNING
                 _log.log(level, "container %s is served by the union: %s", self._id, error)
                 self._union = self._make_union()
+                self._union.set_quota(self._quota)
                 return self._union
             except FusestoreError as error:
                 self._fail(pid, error)
@@ -318,6 +324,8 @@ class KernelRootfs(Branch):
         """In a thread. Raises NotSupported for what only the union serves, OSError if the kernel cannot."""
         if self.label:
             raise _Unmountable("it has a mountlabel")
+        if self._quota is not None:
+            raise _Unmountable("it has a quota")
         with ExitStack() as stack:
             hold: Closable = self._store.hold(self._id)
             stack.callback(hold.close)

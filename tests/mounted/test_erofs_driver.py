@@ -224,6 +224,13 @@ def test_a_container_with_a_mountlabel_is_the_unions(fresh: Mount) -> None:
     assert _overlays(fresh) == []
 
 
+def test_a_container_with_a_quota_is_the_unions(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c; echo '{\"quota\": 65536}' > containers/c/metadata.json").ok()
+    script = "dd if=/dev/zero of=containers/c/rootfs/big bs=1M count=1 conv=fsync"
+    fresh.sh(script).fails_with(errno.EDQUOT)
+    assert _overlays(fresh) == []
+
+
 def test_a_container_without_an_image_is_the_unions(fresh: Mount) -> None:
     fresh.sh("rm images/default; mkdir containers/c; echo x > containers/c/rootfs/x").ok()
     assert fresh.sh("cat containers/c/rootfs/x").ok() == "x\n"
