@@ -601,7 +601,8 @@ def test_umount_does_not_return_while_the_process_runs(
     """The mount's record ends a moment before its process does."""
     monkeypatch.setattr(mountpoint, "_UNMOUNT_TIMEOUT_S", 0.1)
     with Store.open(tmp_path / "store", create=True) as store, subprocess.Popen(["sleep", "60"]) as daemon:
-        records = iter([[SimpleNamespace(mountpoint=str(tmp_path), pid=daemon.pid)], []])
+        record = SimpleNamespace(mountpoint=str(tmp_path), pid=daemon.pid, driver="union")
+        records = iter([[record], []])
         monkeypatch.setattr(store, "mounts", lambda: next(records))
         try:
             with pytest.raises(Busy, match="its process still runs"):
