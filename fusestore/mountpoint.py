@@ -32,7 +32,7 @@ _KEPT_TIMEOUT_S = 3.0
 """How long an ordinary end may take, before it is looked for who keeps the mount."""
 _COMMAND_MAX = 80
 _POLL_S = 0.01
-_PATIENCE_S = 2.0
+_PATIENCE_S = 5.0
 """How long a mount is busy with what was unmounted inside it, whose files the kernel closes afterwards."""
 
 
