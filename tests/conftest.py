@@ -19,12 +19,18 @@ from rig.distribution import TOOLS as DISTRIBUTION_TOOLS
 from rig.distribution import Distribution, make_distribution
 from rig.images import TOOLS, Image, Images, make_images
 from rig.mounts import Mount, Place, make_area, sweep
+from rig.namespace import leave_the_mounts_of_others
 from rig.people import Person, plain_user, root
 from rig.registries import TOOLS as REGISTRY_TOOLS
 from rig.registries import DockerRegistry, docker_registry
 from rig.requirements import need
 
 P = TypeVar("P", bound=Place)
+
+
+def pytest_configure() -> None:
+    if os.geteuid() == 0:
+        leave_the_mounts_of_others()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
