@@ -332,6 +332,7 @@ def test_what_the_kernel_keeps_for_root_or_owners(mounted: Mount, command: str) 
     mounted.sh("rmdir containers/$1", name).ok()
 
 
+@by_union
 def test_directories_have_one_size_wherever_they_lie(mounted: Mount, container: str) -> None:
     script = """
         cd containers/$1/rootfs
