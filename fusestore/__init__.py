@@ -3,7 +3,8 @@
 How a byte comes from a layer's blob to read(2), and from write(2) to disk; each line imports only from those
 below it (setup.cfg, checked by import-linter)::
 
-    cli                     the commands; the only place that prints and reads argv and the environment
+    cli                     the commands; the only place that reads argv
+    options · terminal      what commands share: options and the environment · how things are printed
     daemon                  the background process of a mount
     mount                   one mount's life: start, serve, signals, unmount               trio
     watch                   what it says of itself: status, requests that take long

@@ -22,7 +22,9 @@ from rig.tinyimages import make_layout
 from fusestore import cli, daemon, mountpoint
 from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from fusestore.mountpoint import check_mountpoint, detach
+from fusestore.options import size_of
 from fusestore.store import Store
+from fusestore.terminal import local_time, printable
 
 ID = re.compile(r"[0-9a-f]{64}\n")
 
@@ -179,13 +181,13 @@ def test_without_a_store_each_command_says_what_to_do(run: Run, arguments: tuple
     [("0", 0), ("4096", 4096), ("1k", 1 << 10), ("3M", 3 << 20), ("2G", 2 << 30), ("1t", 1 << 40)],
 )
 def test_sizes_have_units_of_1024(text: str, size: int) -> None:
-    assert cli._size_of(text) == size
+    assert size_of(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "K", "1.5G", "-1", "1 M", "1MB", "0x10", "१"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
-        cli._size_of(text)
+        size_of(text)
 
 
 @pytest.mark.parametrize("where", ["before", "after", "environment", "relative"])
@@ -324,7 +326,7 @@ def test_a_damaged_container_does_not_hide_the_others(run: Run, stored: str, tmp
 
 
 def test_a_time_beyond_all_calendars_is_shown(run: Run) -> None:
-    assert cli._time(10**30) == str(10**30)
+    assert local_time(10**30) == str(10**30)
 
 
 def test_rm_goes_on_after_an_error(run: Run, stored: str) -> None:
@@ -383,7 +385,7 @@ def test_check_prints_a_line_for_each_finding(run: Run, stored: str, tmp_path: P
     ],
 )
 def test_names_are_printed_without_control_characters(text: str, shown: str) -> None:
-    assert cli.printable(text) == shown
+    assert printable(text) == shown
 
 
 def test_an_error_about_a_hostile_name_is_one_harmless_line(run: Run, stored: str) -> None:
