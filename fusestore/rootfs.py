@@ -393,7 +393,7 @@ class Rootfs(Branch):
         elif self.quota is not None:
             self.quota.limit = limit
         else:
-            self.must_count = True
+            self.must_count = not self._is_detached
 
     def _count(self) -> Steps[None]:
         if not self.must_count or self._opened is None:
@@ -459,9 +459,14 @@ class Rootfs(Branch):
         return self._uses > 0
 
     def detach(self) -> None:
-        """Give up all descriptors. What the kernel still knows of the tree answers ESTALE."""
+        """Give up all descriptors. What the kernel still knows of the tree answers ESTALE.
+
+        Files that are open stay so, and are charged to the quota as before.
+        """
         self._is_detached = True
+        quota = self.quota
         self._release()
+        self.quota, self.must_count = quota, False
 
     def _release(self) -> None:
         for thing in self._objects.values():

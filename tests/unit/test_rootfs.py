@@ -13,7 +13,7 @@ from rig.layers import MTIME_NS, Layer, Member, directory, fifo, file, hard_link
 from rig.pages import drop_pages
 from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
-from fusestore.errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
+from fusestore.errors import IsADirectory, NoAttribute, NotFound, QuotaExceeded, ReadOnly, Stale
 from fusestore.inodes import Branch, Changes, Inodes, Node, run
 from fusestore.layer import LayerBuilder
 from fusestore.layerindex import LayerIndex
@@ -437,6 +437,21 @@ def test_an_open_upper_file_can_be_read_and_written_after_detaching(area: Area) 
     handle.close()
 
 
+@pytest.mark.parametrize("limit_later", [None, 1 << 20])
+def test_an_open_file_keeps_its_quota_after_detaching(area: Area, limit_later: int | None) -> None:
+    kernel = area.kernel()
+    rootfs = kernel.rootfs
+    handle = run(rootfs.open(kernel.node(b"d/a"), os.O_RDWR, CALLER))
+    assert rootfs.quota is not None
+    rootfs.set_quota(rootfs.quota.used)
+    rootfs.detach()
+    with pytest.raises(QuotaExceeded):
+        run(handle.write(1 << 16, b"X"))
+    rootfs.set_quota(limit_later)
+    assert run(handle.write(1 << 16, b"X")) == 1
+    handle.close()
+
+
 def test_it_is_in_use_while_something_is_open(kernel: FakeKernel) -> None:
     rootfs = kernel.rootfs
     assert not rootfs.in_use
@@ -471,7 +486,7 @@ def test_a_missing_object_in_the_upper_is_an_error_and_not_a_crash(area: Area) -
     with pytest.raises(OSError) as caught:
         kernel.rootfs.attr(thing)
     assert caught.value.errno == errno.ENOENT
-    kernel.detach()
+    kernel.rootfs.detach()  # what others took from the directory is not counted
 
 
 def test_attributes_of_an_unopened_tree_are_read_in_a_step() -> None:
