@@ -30,6 +30,7 @@ from .mounter import Mounter
 from .nodes import Attr
 from .store import Store
 from .synthetic import RootfsBranch
+from .syscalls import make_mount
 
 __all__ = ["KernelMounts", "KernelRootfs"]
 
@@ -37,6 +38,9 @@ _log = logging.getLogger("fusestore")
 
 _FAILURE_S = 1.0
 """How soon somebody walks again whose walk failed, at the latest."""
+_LEAVING_S = 1.0
+"""How long the kernel may take to be done with a mount that nobody is in any more."""
+_POLL_S = 0.05
 
 
 class KernelMounts:
@@ -73,7 +77,26 @@ class KernelMounts:
             self._tars(image),
             self._options(container_id),
         )
-        return _Mounted(self.mounter, token, number, hold)
+        return _Mounted(self.mounter, token, number, hold, self._former(container_id))
+
+    def require_alone(self, container_id: str) -> None:
+        """Raises Busy while somebody is in a mount of the container's that this daemon does not have.
+
+        A killed daemon leaves those to who is in them, an unmount by hand too. overlayfs.rst: two of one
+        upper directory have undefined behavior.
+        """
+        if not os.path.lexists(self._former(container_id)):
+            return  # what looks further has the kernel log an error
+        upper = _escaped(self._store.upper_dir(container_id))
+        give_up = time.monotonic() + _LEAVING_S
+        while _is_in_use(upper):
+            if time.monotonic() > give_up:
+                raise Busy(f"container {container_id} is in use in a mount that is gone: end what runs in it")
+            time.sleep(_POLL_S)
+
+    def _former(self, container_id: str) -> str:
+        """What overlayfs makes in its work directory for a mount, and leaves."""
+        return f"{self._store.overlay_work_dir(container_id)}/work"
 
     def _tars(self, image: Image) -> Sequence[str]:
         """Uncompressed layers are read where they are, the others as this mount shows them."""
@@ -104,12 +127,13 @@ class _Unmountable(NotSupported):
 class _Mounted:
     """A container's mount."""
 
-    def __init__(self, mounter: Mounter, token: int, number: int, hold: Closable) -> None:
-        """See `Mounter.mount`."""
+    def __init__(self, mounter: Mounter, token: int, number: int, hold: Closable, former: str) -> None:
+        """See `Mounter.mount`, and `KernelMounts.require_alone` for `former`."""
         self._mounter = mounter
         self._token = token
         self._number = b"%d " % number
         self._hold = hold
+        self._former = former
 
     def is_there(self) -> bool:
         with open("/proc/self/mountinfo", "rb") as file:
@@ -123,6 +147,8 @@ class _Mounted:
             if error.errno == errno.EBUSY:
                 raise Busy("somebody is in the rootfs of the container: leave it first") from None
             raise
+        with suppress(OSError):
+            os.rmdir(self._former)
         self._hold.close()
 
     def give_up(self) -> None:
@@ -329,6 +355,7 @@ class KernelRootfs(Branch):
         with ExitStack() as stack:
             hold: Closable = self._store.hold(self._id)
             stack.callback(hold.close)
+            self._mounts.require_alone(self._id)
             image_id = self._store.container(self._id).image_id
             if not image_id:
                 raise _Unmountable("it has no image yet")
@@ -336,6 +363,20 @@ class KernelRootfs(Branch):
             mounted = self._mounts.mount(self._id, self._store.image(image_id), hold)
             stack.pop_all()
             return mounted
+
+
+def _is_in_use(upper: bytes) -> bool:
+    """Whether there is an overlayfs with that upper directory, be it nowhere any more.
+
+    fs/overlayfs/super.c, ovl_fill_super: with index=on that is EBUSY, and looked at before the work
+    directory, which is wrong here on purpose.
+    """
+    options = [(b"lowerdir+", upper), (b"upperdir", upper), (b"workdir", upper), (b"index", b"on")]
+    try:
+        os.close(make_mount(b"overlay", options))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def _escaped(path: str) -> bytes:

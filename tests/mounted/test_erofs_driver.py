@@ -6,6 +6,7 @@ That they are what the union shows the other files of this directory test, with 
 import errno
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +179,40 @@ def test_what_a_killed_daemon_left_is_taken_away(fresh: Mount) -> None:
     fresh.mount()
     assert _overlays(fresh) == []
     assert fresh.sh("cat containers/c/rootfs/file").ok() == "x\n"
+
+
+def _lose_daemon(mount: Mount) -> None:
+    _kill(mount)
+    mount.mount()
+
+
+@pytest.mark.parametrize(
+    "lose_mount",
+    (_lose_daemon, lambda mount: mount.sh("umount -l containers/c/rootfs").ok()),
+    ids=("killed daemon", "umount -l"),
+)
+def test_a_container_waits_for_who_is_left_in_a_lost_mount(
+    fresh: Mount, lose_mount: Callable[[Mount], object]
+) -> None:
+    """A second overlayfs of the same directories beside theirs would be undefined behavior."""
+    fresh.sh("mkdir containers/c containers/other").ok()
+    script = [
+        "bash",
+        "-c",
+        "exec 3> $1/file; echo; read; echo written >&3",
+        "bash",
+        f"{fresh.containers}/c/rootfs",
+    ]
+    with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as left:
+        try:
+            assert left.stdin and left.stdout and left.stdout.readline() == b"\n"
+            lose_mount(fresh)
+            fresh.sh("echo x > containers/c/rootfs/file").fails_with(errno.EBUSY)
+            assert fresh.sh("cat containers/other/rootfs/etc/hostname").ok() == "busybox\n"
+            left.communicate(b"\n", timeout=30)
+        finally:
+            left.kill()
+    assert fresh.sh("cat containers/c/rootfs/file").ok() == "written\n"
 
 
 def test_nobody_hangs_when_the_daemon_is_killed_as_they_enter(fresh: Mount) -> None:
