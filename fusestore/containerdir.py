@@ -14,7 +14,6 @@ also not through what the kernel has cached. Hence `Inodes.replace`: the number 
 empty directory.
 """
 
-import fcntl
 import json
 import os
 from types import GeneratorType
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple, cast
 
 from . import errors
 from .documentfile import DocumentNode
-from .durable import lock_directory
 from .inodes import Branch, Inodes, Maybe, Node, Outward, Steps
 from .layout import Layout
 from .metadata import quota_of
@@ -378,18 +376,8 @@ class ContainerDir(Node):
         self.refresh()
         if self.is_mounted:
             raise errors.Busy(f"container {self.id} is started: stop it before you {what} it")
-        if self.is_in_use or self._is_held_elsewhere():
+        if self.is_in_use or self.around.store.is_held(self.id):
             raise errors.Busy(f"container {self.id} is in use: close what is open in it before you {what} it")
-
-    def _is_held_elsewhere(self) -> bool:
-        """Whether another process, or another mount, has something open in it."""
-        try:
-            fd = lock_directory(self.around.layout.container(self.id), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        if fd is not None:
-            os.close(fd)
-        return False
 
     def has_root(self, node: Node) -> bool:
         """Whether `node` is the root of one of the parts."""

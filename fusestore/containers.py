@@ -244,6 +244,16 @@ class Containers:
             raise NotFound(f"there is no container {ref!r}: it was deleted just now")
         return Hold(fd)
 
+    def is_held(self, container_id: str) -> bool:
+        """Whether anybody holds it now. One that is gone nobody holds."""
+        try:
+            fd = lock_directory(self._layout.container(container_id), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        if fd is not None:
+            os.close(fd)
+        return False
+
     @contextlib.contextmanager
     def _exclusive(self, container_id: str, what: str) -> Iterator[None]:
         """Nobody else holds the container, and it is not started; else Busy."""

@@ -7,8 +7,9 @@ lives, locked.
 Beside it is a socket, the mount's bell. Kernels keep what a mount told them of a container or an image until
 they are told otherwise; so whoever changes one in the store rings, names it, and waits until every mount has
 its kernel forget. A mount that does not answer is left alone after `_PATIENCE_S`. A mount holds what the
-kernel has mounted for it; so whoever wants it idle rings before (`IDLE`). At the bell a mount is also asked
-how it does; who may is a matter of the run directory's modes.
+kernel has mounted for it; so whoever wants it idle rings before (`IDLE`), at the mounts `BY_KERNEL` alone,
+and with more patience. At the bell a mount is also asked how it does; who may is a matter of the run
+directory's modes.
 
 The rule a maintainer must not break: a mount that waits at a bell answers its own, whatever its kernel does.
 A request that rings keeps locks in the kernel until it is answered, and to forget the kernel may need those.
@@ -140,7 +141,7 @@ class Mounts:
         self._own: set[str] = set()
         """Bells of this process's mounts: what it changes it tells its kernel itself."""
         self._ringing: set[object] = set()
-        """One for each thread that is in `announce`. Changed by calls that are atomic, without a lock."""
+        """One for each thread that is in `_ring_at`. Changed by calls that are atomic, without a lock."""
 
     def record(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
         """The lock is of the open file: processes forked from this one share it."""
@@ -187,7 +188,14 @@ class Mounts:
 
     def announce(self, changed: Changed) -> None:
         """Tell every mount but this process's own, and wait until it no longer shows what was before."""
-        bells = [name for name in os.listdir(self._run.mounts) if name.endswith(BELL_SUFFIX)]
+        self._ring_at([name for name in os.listdir(self._run.mounts) if name.endswith(BELL_SUFFIX)], changed)
+
+    def ask_to_leave(self, container_id: str) -> None:
+        """Have every other mount let go of a container, or of all for "", where it is idle."""
+        bells = [record.bell_name for record in self.live() if record.driver == BY_KERNEL]
+        self._ring_at(bells, Changed(IDLE, container_id))
+
+    def _ring_at(self, bells: Collection[str], changed: Changed) -> None:
         this_call = object()
         self._ringing.add(this_call)
         try:

@@ -48,7 +48,7 @@ from .layout import (
     run_layout,
 )
 from .metadataimage import write_metadata_image
-from .mounts import IDLE, Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
+from .mounts import Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
 from .names import parse_container_id
 from .nodes import Digest
 from .sources import Source, open_source
@@ -484,13 +484,13 @@ class Store:
         `empty_trash`, or `close`, gives the space back.
         """
         self._leaves_trash = True
-        self.ask_to_leave(self._containers.resolve(ref))
+        self._have_idle(self._containers.resolve(ref))
         container_id = self._containers.delete(ref)
         self._mounts.announce(Changed("containers", container_id))
 
     def rename_container(self, old: str, new: str) -> None:
         """An id becomes another id, a name another name. Raises as deleting does, and BadName, Exists."""
-        self.ask_to_leave(self._containers.resolve(old))
+        self._have_idle(self._containers.resolve(old))
         self._containers.rename(old, new)
         self._mounts.announce(Changed("containers", old))
 
@@ -571,6 +571,10 @@ class Store:
         """
         return self._containers.hold(ref)
 
+    def is_held(self, container_id: str) -> bool:
+        """Whether anybody keeps a container so now."""
+        return self._containers.is_held(container_id)
+
     # Mounts, rubbish
 
     def record_mount(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
@@ -609,7 +613,11 @@ class Store:
 
     def ask_to_leave(self, container_id: str = "") -> None:
         """Has every other mount let go of a container, or of all, where it is idle. Returns when done."""
-        self._mounts.announce(Changed(IDLE, container_id))
+        self._mounts.ask_to_leave(container_id)
+
+    def _have_idle(self, container_id: str) -> None:
+        if self.is_held(container_id):
+            self.ask_to_leave(container_id)
 
     def lock(self) -> AbstractContextManager[None]:
         """While it is held nobody adds, removes or renames anything, and every method here that would waits.

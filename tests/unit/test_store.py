@@ -18,11 +18,12 @@ from rig.stores import open_at
 
 from fusestore.containers import Containers, Draft
 from fusestore.errors import (
+    Busy,
     LayerRefused,
     NotFound,
     StoreUnusable,
 )
-from fusestore.mounts import Mounts
+from fusestore.mounts import BELL_MAX, IDLE, Changed, Mounts
 from fusestore.store import Store
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -171,6 +172,55 @@ def test_a_mount_that_hears_nobody_fails_no_command(tmp_path: Path, monkeypatch:
                 waiting.connect(str(bell))
         second.create_container(container_id="made")
         assert first.container_ids() == ["made"]
+
+
+def _answer(bell: socket.socket, heard: list[str], leave: Callable[[], None]) -> None:
+    """A mount, until `bell` is shut down."""
+    while True:
+        try:
+            connection, _ = bell.accept()
+        except OSError:
+            return
+        with connection:
+            place, _ = Changed.decode(connection.recv(BELL_MAX))
+            heard.append(place)
+            if place == IDLE:
+                leave()
+            connection.send(b"!")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda store: store.delete_container("a"), lambda store: store.rename_container("a", "b")],
+    ids=["delete", "rename"],
+)
+@pytest.mark.parametrize(
+    ("driver", "is_held", "said"),
+    [
+        ("union", False, ["containers"]),
+        ("erofs", False, ["containers"]),
+        ("union", True, []),
+        ("erofs", True, [IDLE, "containers"]),
+    ],
+)
+def test_only_who_may_keep_an_idle_container_is_asked_to_leave_it(
+    tmp_path: Path, change: Callable[[Store], None], driver: str, is_held: bool, said: list[str]
+) -> None:
+    heard: list[str] = []
+    with open_at(tmp_path) as first, open_at(tmp_path) as second, ThreadPoolExecutor() as threads:
+        first.create_container(container_id="a")
+        with first.record_mount("/mnt/x", os.getpid(), driver) as record, contextlib.ExitStack() as stack:
+            if is_held:
+                stack.enter_context(first.hold("a"))
+            assert record.bell is not None
+            answering = threads.submit(_answer, record.bell, heard, stack.close)
+            try:
+                with contextlib.nullcontext() if said else pytest.raises(Busy):
+                    change(second)
+            finally:
+                record.bell.shutdown(socket.SHUT_RDWR)
+            answering.result()
+    assert heard == said
 
 
 def test_a_mount_is_known_until_it_ends(tmp_path: Path, store: Store) -> None:
