@@ -1,12 +1,13 @@
 """Requests to a registry: origin, rights, redirects, and what a failure means. Blocking; knows no repository.
 
-Plain http is spoken only to who was asked for so, and to this machine itself where no TLS answers. That goes
-for where the registry sends us, too: redirects and the servers of tokens.
+Plain http is spoken only where it was asked for, and with a registry on this machine itself where no TLS
+answers. That goes for where the registry sends us, too: redirects and the servers of tokens.
 
 Rules a maintainer must not break. The Authorization header goes to the registry's own origin and nowhere else
 (redirects lead to stores of others, with the right to read in the URL); user and password go there and to the
-realm that its challenge names. No error and no log has a header, a URL's query, or what a library's exception
-says, as that may quote them.
+realm that its challenge names. Where a URL leads is read by urllib3's parser alone, which sends too: two
+that disagree are a way around these rules. No error and no log has a header, a URL's query, or what a
+library's exception says, as that may quote them.
 
 Thread-safe.
 """
@@ -45,6 +46,7 @@ from urllib3.exceptions import (
     ReadTimeoutError,
     SSLError,
 )
+from urllib3.util import Url, parse_url
 
 from .credentials import Credentials
 from .errors import AccessDenied, NotFound, RegistryFailed
@@ -256,9 +258,9 @@ class Transport:
         body: bytes | Upload | None,
     ) -> Response:
         """The answer, after redirects."""
-        own = _origin_of(self._base())
+        own = _origin_of(self._parsed(self._base()))
         for _ in range(_REDIRECTS_MAX):
-            is_own = authorization and _origin_of(url) == own
+            is_own = authorization and _origin_of(self._parsed(url)) == own
             sent = {**headers, "Authorization": authorization} if is_own else headers
             response = self._send(method, url, sent, body)
             location = response.headers.get("location")
@@ -273,7 +275,8 @@ class Transport:
     def _send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | Upload | None = None
     ) -> Response:
-        self._require_safe(url)
+        parts = self._parsed(url)
+        self._require_safe(parts)
         if self._stopped.is_set():
             raise RegistryFailed("interrupted")
         sent = {"User-Agent": "fusestore", "Accept-Encoding": "identity", **headers}
@@ -287,7 +290,7 @@ class Transport:
             else:
                 content = body
             try:
-                return self._pools_for(url).request(
+                return self._pools_for(parts).request(
                     method, url, body=content, headers=sent,  # type: ignore[arg-type]
                     redirect=False, preload_content=False, decode_content=False,
                     timeout=urllib3.Timeout(connect=_CONNECT_S, read=wait_s),
@@ -304,22 +307,30 @@ class Transport:
                     ) from None
                 raise _meaning(error) from None
 
-    def _pools_for(self, url: str) -> urllib3.PoolManager:
-        parts = urlsplit(url)
-        proxy = self._proxies.get(parts.scheme, "")
-        if is_loopback(parts.netloc) or proxy_bypass_environment(parts.netloc, dict(self._proxies)):
+    def _pools_for(self, url: Url) -> urllib3.PoolManager:
+        proxy = self._proxies.get(url.scheme or "", "")
+        if is_loopback(url.host or "") or proxy_bypass_environment(url.netloc, dict(self._proxies)):
             proxy = ""
         if proxy in self._pools:
             return self._pools[proxy]
         return self._pools.setdefault(proxy, _make_pools(proxy, self._sockets))
 
-    def _require_safe(self, url: str) -> None:
+    def _parsed(self, url: str) -> Url:
+        """Raises RegistryFailed where it names no host, or has what parsers disagree on: user, backslash."""
+        try:
+            parts = parse_url(url)
+        except LocationValueError:
+            raise self._lost() from None
+        if not parts.host or parts.auth is not None or "\\" in url:
+            raise self._lost()
+        return parts
+
+    def _require_safe(self, url: Url) -> None:
         """Refuses what would cross a network in the open."""
-        parts = urlsplit(url)
-        if parts.scheme == "https":
+        if url.scheme == "https":
             return
-        host = parts.netloc.rpartition("@")[2]
-        if parts.scheme != "http" or not (self._plain_http or is_loopback(host)):
+        is_here = is_loopback(self.name) and is_loopback(url.host or "")
+        if url.scheme != "http" or not (self._plain_http or is_here):
             raise RegistryFailed(f"{self.name} sends us where there is no TLS: allow that with --plain-http")
 
     def _base(self) -> str:
@@ -458,9 +469,8 @@ def _basic(credentials: Credentials) -> str:
     return f"Basic {base64.b64encode(pair).decode()}"
 
 
-def _origin_of(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.netloc.lower()
+def _origin_of(url: Url) -> tuple[str | None, str | None]:
+    return url.scheme, url.netloc
 
 
 def _is_distrust(error: Exception) -> bool:

@@ -224,6 +224,11 @@ FATAL: dict[str, tuple[Fault, type[FusestoreError], str]] = {
     "no image": (Fault(MANIFESTS, _status(404)), NotFound, "faults/app has no image 1: check name and tag"),
     "in circles": (Fault(BLOBS, _to("")), RegistryFailed, "in circles"),
     "to where there is no TLS": (Fault(BLOBS, _to(f"http://{TO_OTHERS}")), RegistryFailed, "--plain-http"),
+    "to who seems to be here": (
+        Fault(BLOBS, _to(r"http://192.0.2.1\@127.0.0.1/secret-in-the-url")),
+        RegistryFailed,
+        "to no address",
+    ),
     "to no web server": (Fault(BLOBS, _to(f"ftp://{TO_OTHERS}")), RegistryFailed, "no TLS"),
 }
 

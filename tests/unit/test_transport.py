@@ -5,8 +5,10 @@ import time
 
 import pytest
 import urllib3
+from urllib3.util import parse_url
 
 from fusestore import transport
+from fusestore.errors import RegistryFailed
 from fusestore.reference import parse_reference
 from fusestore.transport import Patience, Transport
 
@@ -56,5 +58,29 @@ def test_retry_after_a_date(ahead: int, least: float, most: float) -> None:
 def test_proxies(url: str, is_proxied: bool) -> None:
     proxies = {"https": "http://127.0.0.1:1", "no": "b.example"}
     way = Transport(parse_reference("a.example/app"), None, False, Patience(), proxies)
-    assert isinstance(way._pools_for(url), urllib3.ProxyManager) == is_proxied
+    assert isinstance(way._pools_for(parse_url(url)), urllib3.ProxyManager) == is_proxied
     way.close()
+
+
+@pytest.mark.parametrize(
+    ("registry", "url"),
+    [
+        ("127.0.0.1:5000", "http://a.example\\@127.0.0.1/"),
+        ("127.0.0.1:5000", "http://a.example/\\@127.0.0.1/"),
+        ("127.0.0.1:5000", "http://127.0.0.1@a.example/"),
+        ("127.0.0.1:5000", "http://someone:secret@127.0.0.1:1/"),
+        ("127.0.0.1:5000", "http:///x"),
+        ("127.0.0.1:5000", "//127.0.0.1:1/"),
+        ("a.example", "http://127.0.0.1:1/"),
+        ("a.example", "http://localhost:1/"),
+        ("a.example", "https://someone@b.example/"),
+        ("a.example", "https://b.example\\@a.example/"),
+    ],
+)
+def test_where_no_request_goes(registry: str, url: str) -> None:
+    """It is refused before anybody is asked, where another parser might see another host, too."""
+    way = Transport(parse_reference(f"{registry}/app"), None, False, Patience(), {})
+    way.interrupt()
+    with pytest.raises(RegistryFailed, match="sends us") as raised:
+        way._send("GET", url, {})
+    assert "secret" not in str(raised.value)
