@@ -47,6 +47,7 @@ from urllib3.exceptions import (
     SSLError,
 )
 from urllib3.util import Url, parse_url
+from urllib3.util.ssltransport import SSLTransport
 
 from .credentials import Credentials
 from .errors import AccessDenied, NotFound, RegistryFailed
@@ -161,7 +162,7 @@ class Transport:
         """Of the origin and the authorizations."""
         self._origin = ""
         self._authorizations: dict[tuple[str, ...], str] = {}
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._connections = _Connections()
         self._stopped = threading.Event()
 
     def close(self) -> None:
@@ -172,9 +173,7 @@ class Transport:
     def interrupt(self) -> None:
         """Has everything that waits in other threads fail soon. There is no way back."""
         self._stopped.set()
-        for connected in tuple(self._sockets):
-            with contextlib.suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
+        self._connections.end()
 
     def tries(self) -> Tries:
         return Tries(self.name, self._patience, self._stopped)
@@ -313,7 +312,7 @@ class Transport:
             proxy = ""
         if proxy in self._pools:
             return self._pools[proxy]
-        return self._pools.setdefault(proxy, _make_pools(proxy, self._sockets))
+        return self._pools.setdefault(proxy, _make_pools(proxy, self._connections))
 
     def _parsed(self, url: str) -> Url:
         """Raises RegistryFailed where it names no host, or has what parsers disagree on: user, backslash."""
@@ -433,18 +432,52 @@ def read_some(response: Response, size: int) -> bytes:
     return data
 
 
-def _make_pools(proxy: str, sockets: "weakref.WeakSet[socket.socket]") -> urllib3.PoolManager:
-    """Pools whose connections add themselves to `sockets`: what urllib3 can end is only an answer's body."""
+class _Connections:
+    """Those of all pools, to be ended from another thread: what urllib3 can end is only an answer's body.
 
+    Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        """Of the other two."""
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._is_over = False
+
+    def add(self, connected: socket.socket | SSLTransport) -> None:
+        """Ends it at once if the others have been."""
+        below = connected.socket if isinstance(connected, SSLTransport) else connected
+        with self._lock:
+            self._sockets.add(below)
+            is_over = self._is_over
+        if is_over:
+            _shut(below)
+
+    def end(self) -> None:
+        with self._lock:
+            self._is_over = True
+            found = tuple(self._sockets)
+        for connected in found:
+            _shut(connected)
+
+
+def _shut(connected: socket.socket) -> None:
+    """Has who reads or writes there fail."""
+    with contextlib.suppress(OSError):
+        # An SSLSocket's own would first forget TLS, and what another thread sends then goes out in the open.
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+
+def _make_pools(proxy: str, connections: _Connections) -> urllib3.PoolManager:
     class Plain(HTTPConnection):
         def connect(self) -> None:
             super().connect()
-            sockets.add(self.sock)
+            connections.add(self.sock)
 
     class TLS(HTTPSConnection):
         def connect(self) -> None:
             super().connect()
-            sockets.add(self.sock)
+            connections.add(self.sock)
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain

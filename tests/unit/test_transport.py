@@ -1,7 +1,14 @@
 """What headers of registries mean, and which way requests go."""
 
 import email.utils
+import io
+import socket
+import ssl
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import urllib3
@@ -10,7 +17,7 @@ from urllib3.util import parse_url
 from fusestore import transport
 from fusestore.errors import RegistryFailed
 from fusestore.reference import parse_reference
-from fusestore.transport import Patience, Transport
+from fusestore.transport import Patience, Transient, Transport, Upload
 
 
 @pytest.mark.parametrize(
@@ -84,3 +91,63 @@ def test_where_no_request_goes(registry: str, url: str) -> None:
     with pytest.raises(RegistryFailed, match="sends us") as raised:
         way._send("GET", url, {})
     assert "secret" not in str(raised.value)
+
+
+def test_a_connection_that_comes_after_an_interruption_ends() -> None:
+    """It is made here while the request is on its way, past the question whether there may be any."""
+
+    @contextmanager
+    def interrupting() -> Iterator[io.BytesIO]:
+        way.interrupt()
+        yield io.BytesIO(b"body")
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        name = f"127.0.0.1:{silent.getsockname()[1]}"
+        way = Transport(parse_reference(f"{name}/app"), None, True, Patience(stored_s=1), {})
+        with pytest.raises(Transient, match="cuts connections"):
+            way.request("PUT", f"http://{name}/", (), {}, Upload(4, interrupting))
+        way.close()
+
+
+def _anonymous(protocol: int) -> ssl.SSLContext:
+    """TLS without certificates."""
+    context = ssl.SSLContext(protocol)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("AECDH-AES256-SHA:@SECLEVEL=0")
+    return context
+
+
+def test_an_interrupted_connection_does_not_forget_tls() -> None:
+    """Who is sending there would go on in the open."""
+    ours, theirs = socket.socketpair()
+    served: list[ssl.SSLSocket] = []
+    server = _anonymous(ssl.PROTOCOL_TLS_SERVER)
+    thread = threading.Thread(target=lambda: served.append(server.wrap_socket(theirs, server_side=True)))
+    thread.start()
+    with _anonymous(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(ours) as connected:
+        thread.join()
+        connections = transport._Connections()
+        connections.add(connected)
+        connections.end()
+        assert connected.version() == "TLSv1.2"
+        with pytest.raises(OSError):
+            connected.sendall(b"secret")
+    served[0].close()
+
+
+def test_connections_may_come_while_all_are_ended() -> None:
+    connections = transport._Connections()
+    # Never opened: as many as are needed for the two threads to meet.
+    coming = [socket.socket.__new__(socket.socket) for _ in range(20_000)]
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=lambda: [connections.add(connected) for connected in coming])
+    thread.start()
+    try:
+        while thread.is_alive():
+            connections.end()
+    finally:
+        sys.setswitchinterval(interval_s)
+        thread.join()
