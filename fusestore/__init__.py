@@ -55,6 +55,7 @@ below it (setup.cfg, checked by import-linter)::
     inodes                  nodes, lookup counts, handles
     meter, quota            requests counted and timed; what a container takes on disk
     names, acl, syscalls    names checked once; POSIX ACLs; system calls Python lacks
+    walk                    all that is below a directory, however deep
     layout                  THE ON-DISK FORMAT
     nodes, errors           the vocabulary; every exception and its errno
 """

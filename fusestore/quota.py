@@ -6,17 +6,16 @@ Not counted are inodes, which file systems keep apart from blocks, and what othe
 the mount, until it is opened the next time.
 """
 
-import contextlib
 import os
 import stat
 
 from .errors import QuotaExceeded
+from .walk import walk
 
 __all__ = ["Quota", "usage"]
 
 _BLOCK = 512
 """The unit of st_blocks, in bytes."""
-_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PAGE = 4096
 """What file systems give out at once, at least."""
 
@@ -62,51 +61,14 @@ class Quota:
 
 
 def usage(root: int) -> int:
-    """Bytes that the directory `root` and all below it take.
-
-    It takes as long as there are names, and a descriptor for each level.
-    """
-    count = _Count()
-    count.blocks = os.fstat(root).st_blocks
-    chain: list[tuple[int, list[str]]] = []
-    try:
-        below: int | None = os.open(".", _FLAGS, dir_fd=root)
-        while below is not None or chain:
-            if below is not None:
-                chain.append((below, []))
-                chain[-1][1].extend(count.listing(below))
-            directory, names = chain[-1]
-            below = None
-            if names:
-                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                    below = os.open(names.pop(), _FLAGS, dir_fd=directory)
-            else:
-                os.close(chain.pop()[0])
-        return count.blocks * _BLOCK
-    finally:
-        for directory, _ in chain:
-            os.close(directory)
-
-
-class _Count:
-    def __init__(self) -> None:
-        self.blocks = 0
-        self._linked: set[int] = set()
-
-    def listing(self, directory: int) -> list[str]:
-        """Counts what is in `directory`; the names of the directories among it."""
-        directories = []
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if stat.S_ISDIR(status.st_mode):
-                    directories.append(entry.name)
-                elif status.st_nlink > 1:
-                    if status.st_ino in self._linked:
-                        continue
-                    self._linked.add(status.st_ino)
-                self.blocks += status.st_blocks
-        return directories
+    """Bytes that the directory `root` and all below it take, hard links once. As `walk` finds it."""
+    blocks = os.fstat(root).st_blocks
+    linked: set[tuple[int, int]] = set()
+    for met in walk(root):
+        status = met.status
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            if (status.st_dev, status.st_ino) in linked:
+                continue
+            linked.add((status.st_dev, status.st_ino))
+        blocks += status.st_blocks
+    return blocks * _BLOCK

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from rig.deep import deepen
 from rig.stores import fail_to_open
 
 from fusestore import durable
@@ -79,13 +80,7 @@ def _socket(path: str) -> None:
 
 def _deep(path: str) -> None:
     """A tree whose last paths are longer than the kernel takes."""
-    here = os.open(os.path.dirname(path), os.O_RDONLY)
-    for _ in range(30):
-        os.mkdir("d" * 200, dir_fd=here)
-        below = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = below
-    os.close(here)
+    os.close(deepen(Path(path).parent, 30, "d" * 200))
 
 
 def _whiteout(path: str) -> None:
@@ -237,13 +232,7 @@ def special_files(path: Path) -> None:
 
 def deep(path: Path) -> None:
     path.mkdir()
-    fd = os.open(path, os.O_RDONLY)
-    for _ in range(1100):
-        os.mkdir("d" * 50, dir_fd=fd)
-        inner = os.open("d" * 50, os.O_RDONLY, dir_fd=fd)
-        os.close(fd)
-        fd = inner
-    os.close(fd)
+    os.close(deepen(path, 1100))
 
 
 @pytest.mark.parametrize("make", [plain_file, locked_directories, special_files, deep])

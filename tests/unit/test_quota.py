@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from rig.deep import deepen, few_descriptors
 
 from fusestore.errors import QuotaExceeded
 from fusestore.quota import Quota, usage
@@ -47,6 +48,16 @@ def test_usage_holds_no_descriptor_afterwards(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     _usage(tmp_path)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_usage_of_a_tree_deeper_than_there_are_descriptors(tmp_path: Path) -> None:
+    last = deepen(tmp_path, 150)
+    try:
+        each = os.fstat(last).st_blocks * 512
+    finally:
+        os.close(last)
+    with few_descriptors():
+        assert _usage(tmp_path) == _blocks(tmp_path) + 150 * each
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rig.deep import deepen, few_descriptors
 from rig.people import Person
 from rig.requirements import need
 
@@ -157,22 +157,12 @@ def test_renamed_directories_are_found(place: Place) -> None:
 
 
 def test_renamed_directories_are_found_at_any_depth_with_few_descriptors(place: Place) -> None:
-    name, here = b"d" * 100, os.dup(place.root)
-    for _ in range(60):
-        os.mkdir(name, dir_fd=here)
-        below = place.upper.open(here, name)
-        os.close(here)
-        here = below
-    place.upper.set_redirect(here, b"/a")
-    os.close(here)
-    lowest_free = os.dup(place.root)
-    os.close(lowest_free)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, hard))
-    try:
-        assert place.upper.moved() == [b"/".join([name] * 60)]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    name = "d" * 100
+    last = deepen(place.path, 60, name)
+    place.upper.set_redirect(last, b"/a")
+    os.close(last)
+    with few_descriptors():
+        assert place.upper.moved() == [b"/".join([name.encode()] * 60)]
 
 
 def test_listing_and_find_agree(place: Place) -> None:
