@@ -25,7 +25,7 @@ from .kernelrootfs import KernelMounts, KernelRootfs
 from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
 from .mounts import BY_KERNEL
-from .nodes import Attr
+from .nodes import Attr, Xattrs
 from .rootfs import Descriptors, Object, Opened, Opener, Rootfs
 from .store import Store
 from .synthetic import SHARED_S, RootfsBranch
@@ -249,6 +249,10 @@ class _ImageOpener:
         lower = self.open().lower
         return lower.attr(lower.root)
 
+    def peek_xattrs(self) -> Xattrs:
+        lower = self.open().lower
+        return lower.xattrs(lower.root)
+
     def hold(self) -> Closable:
         return _NothingHeld()
 
@@ -271,6 +275,13 @@ class _DirectoryOpener:
         root = os.open(self._path, _DIRECTORY_FLAGS)
         try:
             return self._driver.upper(root).attr(root)
+        finally:
+            os.close(root)
+
+    def peek_xattrs(self) -> Xattrs:
+        root = os.open(self._path, _DIRECTORY_FLAGS)
+        try:
+            return self._driver.upper(root).xattrs(root)
         finally:
             os.close(root)
 
@@ -331,6 +342,12 @@ class _ContainerOpener:
             return None
         lower, _ = self._layers()
         return lower.attr(lower.root) if lower.root else _own_root()
+
+    def peek_xattrs(self) -> Xattrs | None:
+        if os.path.exists(self._store.upper_dir(self._id)):
+            return None
+        lower, _ = self._layers()
+        return lower.xattrs(lower.root) if lower.root else ()
 
     def attr(self) -> Attr:
         """Of the root, whether it was entered or not."""

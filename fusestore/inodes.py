@@ -244,6 +244,12 @@ class Branch:
         """As `peek`, for the thread `pid`, who asks for nothing else. Raises Stale to have it look again."""
         return self.peek(node)
 
+    def peek_xattrs(self, node: Node) -> Steps[Xattrs]:
+        """As `peek`: ls -l and stat ask for these too."""
+        yield from self.prepare()
+        xattrs = self.xattrs(node)
+        return (yield from xattrs) if isinstance(xattrs, GeneratorType) else cast(Xattrs, xattrs)
+
     def lookup(self, node: Node, name: bytes) -> Maybe[Node]:
         """The child `name` ('.' and '..' never come here). Raises NotFound."""
         raise NotImplementedError

@@ -186,6 +186,9 @@ class Opener(Protocol):
     def peek(self) -> Attr | None:
         """Attributes of a root that nobody has entered yet. Blocking. None: opening it changes nothing."""
 
+    def peek_xattrs(self) -> Xattrs | None:
+        """As `peek`."""
+
     def hold(self) -> Closable:
         """Keep the container from being deleted while something is open in it. Quick. Raises Locked."""
 
@@ -639,6 +642,15 @@ class Rootfs(Branch):
         yield from self.prepare()
         return self.attr(node)
 
+    def peek_xattrs(self, node: Node) -> Steps[Xattrs]:
+        if self._is_detached:
+            raise Stale("the container is gone")
+        peeked = (yield self._opener.peek_xattrs) if node is self.root else None
+        if peeked is not None and not self.ready:
+            return self._labelled(cast(Xattrs, peeked))
+        yield from self.prepare()
+        return self.xattrs(node)
+
     def _count_links(self, thing: Object) -> int:
         if thing.links < 0:
             self.find_names(thing)
@@ -713,9 +725,12 @@ class Rootfs(Branch):
             shown = upper.xattrs(self.descriptor(thing))
         else:
             shown = self._lower.xattrs(thing.stack)
-        if self.label and all(name != _SELINUX for name, _ in shown):
-            shown = (*shown, (_SELINUX, self.label))
-        return shown
+        return self._labelled(shown)
+
+    def _labelled(self, xattrs: Xattrs) -> Xattrs:
+        if self.label and all(name != _SELINUX for name, _ in xattrs):
+            return (*xattrs, (_SELINUX, self.label))
+        return xattrs
 
     def xattr(self, node: Node, name: bytes) -> bytes:
         thing = _object(node)

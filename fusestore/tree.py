@@ -37,7 +37,7 @@ from .inodes import (
 )
 from .mounts import Changed
 from .names import FILE_NAME_MAX
-from .nodes import Attr, Inode
+from .nodes import Attr, Inode, Xattrs
 from .ociview import OciView
 from .podmanview import PodmanView
 from .store import Store
@@ -201,13 +201,13 @@ class Tree:
     def getxattr(self, ino: int, name: bytes) -> Maybe[bytes]:
         node = self.inodes.node(ino)
         if not node.branch.ready:
-            return _prepared(node.branch, self.getxattr, ino, name)
+            return self._peeked_xattr(node, name)
         return node.branch.xattr(node, name)
 
     def listxattr(self, ino: int) -> Maybe[list[bytes]]:
         node = self.inodes.node(ino)
         if not node.branch.ready:
-            return _prepared(node.branch, self.listxattr, ino)
+            return self._xattr_names(node.branch.peek_xattrs(node))
         xattrs = node.branch.xattrs(node)
         if isinstance(xattrs, tuple):
             return [name for name, _ in xattrs]
@@ -407,7 +407,13 @@ class Tree:
             yield from _steps(node.branch.setattr(node, rest, caller))
         return (yield from _steps(self._shown(node)))
 
-    def _xattr_names(self, steps: Steps[Any]) -> Steps[list[bytes]]:
+    def _peeked_xattr(self, node: Node, name: bytes) -> Steps[bytes]:
+        for known, value in (yield from node.branch.peek_xattrs(node)):
+            if known == name:
+                return value
+        raise errors.NoAttribute("no such attribute")
+
+    def _xattr_names(self, steps: Steps[Xattrs]) -> Steps[list[bytes]]:
         xattrs = yield from steps
         return [name for name, _ in xattrs]
 

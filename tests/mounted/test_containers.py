@@ -316,6 +316,12 @@ def test_binding_is_refused_once_the_rootfs_was_used(unbound: Mount, used: str) 
     unbound.sh(write).fails_with(errno.EBUSY)
 
 
+def test_looking_at_the_rootfs_from_outside_does_not_use_it(unbound: Mount) -> None:
+    unbound.sh("ls -l containers/u; getfacl -n containers/u/rootfs; getfattr -dm- containers/u/rootfs").ok()
+    unbound.sh('echo \'{"image-name": "busybox"}\' > containers/u/metadata.json').ok()
+    assert unbound.sh("cat containers/u/rootfs/etc/hostname").ok() == "busybox\n"
+
+
 def test_binding_to_no_image_is_refused(unbound: Mount) -> None:
     result = unbound.sh('echo \'{"image-name": "no-such"}\' > containers/u/metadata.json')
     result.fails_with(errno.ENOENT)

@@ -26,7 +26,7 @@ from rig.snapshot import TYPES, Entry, Snapshot, snapshot
 
 from fusestore.errors import FusestoreError, errno_of
 from fusestore.inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, run
-from fusestore.nodes import Attr, Inode
+from fusestore.nodes import Attr, Inode, Xattrs
 from fusestore.quota import usage
 from fusestore.rootfs import Descriptors, Opened
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
@@ -97,6 +97,9 @@ class Area:
         return Opened(lower, readers, upper, lambda: os.close(root), upper.moved())
 
     def peek(self) -> Attr:
+        raise AssertionError("the rootfs is prepared")
+
+    def peek_xattrs(self) -> Xattrs:
         raise AssertionError("the rootfs is prepared")
 
     def hold(self) -> _Hold:

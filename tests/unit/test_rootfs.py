@@ -17,7 +17,7 @@ from fusestore.errors import IsADirectory, NoAttribute, NotFound, QuotaExceeded,
 from fusestore.inodes import Branch, Changes, Inodes, Node, run
 from fusestore.layer import LayerBuilder
 from fusestore.layerindex import LayerIndex
-from fusestore.nodes import Attr, Extent, Inode, TarEntry
+from fusestore.nodes import Attr, Extent, Inode, TarEntry, Xattrs
 from fusestore.rootfs import Descriptors, Opened, Rootfs
 from fusestore.union import Lower, Ref
 from fusestore.upper import Scheme
@@ -59,6 +59,9 @@ class _Images:
         self.closed += 1
 
     def peek(self) -> Attr | None:
+        return None
+
+    def peek_xattrs(self) -> Xattrs | None:
         return None
 
     def hold(self) -> "_Images":
