@@ -11,7 +11,7 @@ Thread-safe; each blob is read by one thread.
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from . import oci
 from .credentials import Credentials
@@ -119,8 +119,7 @@ class Registry:
             location = self._start_upload(digest, mount_from)
             if location is None:
                 return True
-            separator = "&" if urlsplit(location).query else "?"
-            url = f"{location}{separator}{urlencode({'digest': digest})}"
+            url = self.transport.with_query(location, [("digest", digest)])
             headers = {"Content-Type": "application/octet-stream"}
             self.transport.drop(self.ask("PUT", url, headers, upload))
             return False

@@ -30,7 +30,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol, TypeVar
-from urllib.parse import unquote, urlencode, urljoin, urlsplit
+from urllib.parse import unquote, urlencode, urljoin
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
@@ -42,7 +42,6 @@ from urllib3.exceptions import (
     NameResolutionError,
     NewConnectionError,
     ProxyError,
-    ProxySchemeUnknown,
     ReadTimeoutError,
     SSLError,
 )
@@ -191,6 +190,11 @@ class Transport:
         """Of a path at the registry; a whole URL stays as it is. Raises Transient where nothing answers."""
         return self._joined(self._base(), path)
 
+    def with_query(self, url: str, fields: Iterable[tuple[str, str]]) -> str:
+        """A whole URL with these besides what it asks already. Raises RegistryFailed."""
+        separator = "&" if self._parsed(url).query else "?"
+        return f"{url}{separator}{urlencode(tuple(fields))}"
+
     def _joined(self, base: str, location: str) -> str:
         try:
             return urljoin(base, location)
@@ -294,8 +298,6 @@ class Transport:
                     redirect=False, preload_content=False, decode_content=False,
                     timeout=urllib3.Timeout(connect=_CONNECT_S, read=wait_s),
                 )  # fmt: skip
-            except ProxySchemeUnknown:
-                raise RegistryFailed("https_proxy or http_proxy names no proxy: mend or unset it") from None
             except LocationValueError:
                 raise self._lost() from None
             except (HTTPError, UnicodeError) as error:
@@ -402,9 +404,8 @@ class Transport:
             response = self._send("POST", realm, headers, urlencode(fields).encode())
         else:
             fields += [("scope", scope) for scope in scopes]
-            separator = "&" if urlsplit(realm).query else "?"
             headers = {"Authorization": _basic(credentials)} if credentials is not None else {}
-            response = self._send("GET", f"{realm}{separator}{urlencode(fields)}", headers)
+            response = self._send("GET", self.with_query(realm, fields), headers)
         if response.status != HTTPStatus.OK:
             raise self._refusal(response)
         try:
@@ -468,7 +469,18 @@ def _shut(connected: socket.socket) -> None:
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
+def _parse_proxy(url: str) -> Url:
+    """Raises RegistryFailed."""
+    with contextlib.suppress(LocationValueError):
+        parts = parse_url(url)
+        if parts.host and parts.scheme in ("http", "https"):
+            return parts
+    raise RegistryFailed("https_proxy or http_proxy names no proxy: mend or unset it")
+
+
 def _make_pools(proxy: str, connections: _Connections) -> urllib3.PoolManager:
+    """`proxy`: its URL, or "". Raises RegistryFailed."""
+
     class Plain(HTTPConnection):
         def connect(self) -> None:
             super().connect()
@@ -486,8 +498,8 @@ def _make_pools(proxy: str, connections: _Connections) -> urllib3.PoolManager:
         ConnectionCls = TLS
 
     if proxy:
-        user, at, _ = urlsplit(proxy).netloc.rpartition("@")
-        headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if at else None
+        user = _parse_proxy(proxy).auth
+        headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
         pools: urllib3.PoolManager = urllib3.ProxyManager(
             proxy, maxsize=_CONNECTIONS, retries=False, proxy_headers=headers
         )

@@ -70,6 +70,17 @@ def test_proxies(url: str, is_proxied: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    "proxy",
+    ["http://[secret", "http://u:secret@[::1", "http://", "h:3128", "10.0.0.1:3128", "ftp://h", "http://h:x"],
+)
+def test_what_is_no_proxy_is_refused(proxy: str) -> None:
+    way = Transport(parse_reference("a.example/app"), None, False, Patience(), {"https": proxy})
+    with pytest.raises(RegistryFailed, match="names no proxy: mend or unset it") as raised:
+        way._send("GET", "https://a.example/", {})
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("registry", "url"),
     [
         ("127.0.0.1:5000", "http://a.example\\@127.0.0.1/"),
