@@ -18,11 +18,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from . import quota
 from .errors import Busy, NotFound
 from .images import Image, loose_parts
 from .layout import Layout
 from .nodes import Digest
 from .store import Bindings, Store
+from .walk import DIRECTORY
 
 __all__ = ["Item", "Usage", "reclaim", "usage"]
 
@@ -173,17 +175,18 @@ def _count(path: str) -> int:
 
 
 def _size(path: str) -> int:
-    """Bytes on disk of the file, or of the directory with all that is in it; what is gone is nothing."""
-    total, seen, pending = 0, set(), [path]
-    while pending:
-        one = pending.pop()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found = os.lstat(one)
-            if (found.st_dev, found.st_ino) in seen:
-                continue
-            if found.st_nlink > 1:
-                seen.add((found.st_dev, found.st_ino))
-            total += found.st_blocks * _BLOCK
-            if stat.S_ISDIR(found.st_mode):
-                pending += (f"{one}/{name}" for name in os.listdir(one))
-    return total
+    """Bytes on disk of the file, or of the directory with all that is in it.
+
+    What is gone, or may not be looked at, is nothing.
+    """
+    size = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        found = os.lstat(path)
+        size = found.st_blocks * _BLOCK
+        if stat.S_ISDIR(found.st_mode):
+            directory = os.open(path, DIRECTORY)
+            try:
+                size = quota.usage(directory)
+            finally:
+                os.close(directory)
+    return size

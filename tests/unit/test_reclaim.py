@@ -1,9 +1,13 @@
 """What of a store can be given back, and that nothing else is."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from rig.deep import deepen
+from rig.people import plain_user
+from rig.stores import open_at
 
 from fusestore.reclaim import Item, reclaim, usage
 from fusestore.store import Store
@@ -150,3 +154,35 @@ def test_hard_links_are_counted_once(store: Store, one: str) -> None:
     os.link(workdir / "a", workdir / "b")
     (after,) = (part.size for part in usage(store) if part.what == "containers")
     assert before >= 1 << 20 and after - before < 1 << 20
+
+
+def test_a_tree_deeper_than_paths_can_be_is_counted(store: Store) -> None:
+    store.create_container(container_id="c")
+    before = _used(store)
+    last = deepen(Path(store.path, "containers/c/workdir"), 150)
+    Path(f"/proc/self/fd/{last}/f").write_bytes(bytes(1 << 20))
+    os.close(last)
+    assert _used(store) - before >= 1 << 20
+
+
+def _used_and_given_back(place: Path) -> tuple[int, list[str], list[str]]:
+    """Of a store with a directory that nobody may look into: bytes, what is reclaimed, what trash is left."""
+    with open_at(place) as store:
+        store.create_container(container_id="c")
+        closed = Path(store.path, "containers/c/workdir/closed")
+        closed.mkdir()
+        (closed / "f").touch()
+        closed.chmod(0)
+        used = _used(store)
+        store.delete_container("c")
+        whats = [item.what for item in reclaim(store)]
+        return used, whats, os.listdir(Path(store.path, "trash"))
+
+
+def test_what_may_not_be_looked_into_hinders_nobody() -> None:
+    """As overlayfs's work directory, for a plain user."""
+    person = plain_user()
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        os.chown(directory, person.uid, person.gid)
+        used, whats, left = person.call(_used_and_given_back, Path(directory))
+    assert used > 0 and (whats, left) == (["trash"], [])
