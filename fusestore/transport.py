@@ -34,7 +34,7 @@ from urllib.parse import unquote, urlencode, urljoin
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connection import HTTPConnection, HTTPSConnection, port_by_scheme
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
@@ -514,8 +514,9 @@ def _basic(credentials: Credentials) -> str:
     return f"Basic {base64.b64encode(pair).decode()}"
 
 
-def _origin_of(url: Url) -> tuple[str | None, str | None]:
-    return url.scheme, url.netloc
+def _origin_of(url: Url) -> tuple[str | None, str | None, int | None]:
+    """RFC 6454, 4."""
+    return url.scheme, url.host, url.port or port_by_scheme.get(url.scheme or "")
 
 
 def _is_distrust(error: Exception) -> bool:
