@@ -3,8 +3,8 @@
 A program that uses an OCI image layout changes it by writing index.json anew (OCI image-spec,
 image-layout.md). What differs from the store's is done in this order, so that what fails changes no name:
 
-* A descriptor of what is no image here yet: the image is imported, from the blobs written into the view and
-  those of the store.
+* A descriptor of what is no image here yet, or of an image that lost blobs which were written into the view:
+  the image is imported, from those blobs and the store's.
 * A name that leads elsewhere: the image is tagged.
 * A name that is missing: it is taken away. The image stays, as it does after ``rm images/NAME``.
 """
@@ -19,7 +19,7 @@ from .images import INDEX_MAX
 from .layout import ANNOTATION_NAME, OCI_LAYOUT_VERSION
 from .names import digest_hex, parse_digest
 from .nodes import Digest
-from .store import Catalog, Scratch, Store
+from .store import Catalog, Image, Scratch, Store
 
 __all__ = ["apply_index"]
 
@@ -45,9 +45,12 @@ def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: C
     """Name → id, of what need not be imported."""
     for descriptor in wanted:
         name = descriptor.annotations.get(ANNOTATION_NAME)
-        if descriptor.digest not in known and descriptor.digest not in read:
+        image_id = known.get(descriptor.digest)
+        image = None if image_id is None else now.images[image_id]
+        is_new = descriptor.digest not in known and descriptor.digest not in read
+        if is_new or not staged.keys().isdisjoint(_blobs(descriptor, image)):
             _import(store, descriptor, name, staged)
-        elif name is not None and (image_id := known.get(descriptor.digest)) is not None:
+        elif name is not None and image_id is not None:
             names[name] = image_id
     for name, image_id in names.items():
         if base.names.get(name) != image_id:
@@ -56,6 +59,13 @@ def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: C
         if now.names.get(name) == base.names[name]:
             with contextlib.suppress(errors.NotFound):  # another took it away just now
                 store.untag(name)
+
+
+def _blobs(descriptor: oci.Descriptor, image: Image | None) -> Iterator[Digest]:
+    """What is known of the blobs that the descriptor leads to."""
+    yield descriptor.digest
+    if image is not None:
+        yield from (image.manifest, image.config, *(layer.blob for layer in image.layers))
 
 
 def _import(store: Store, descriptor: oci.Descriptor, name: str | None, staged: Mapping[Digest, str]) -> None:

@@ -13,6 +13,7 @@ from rig.tinyimages import make_layout
 from rig.treeshell import TreeShell
 
 from fusestore import errors
+from fusestore.check import check
 from fusestore.inodes import Caller, Changes, run
 from fusestore.store import Store
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -129,6 +130,21 @@ def test_an_index_is_refused_where_a_blob_is_missing(
     with pytest.raises(errors.BadInput):
         _put_index(shell, _descriptor(other, "other"))
     assert store.image_names() == before
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_an_image_that_lost_a_blob_has_it_again(
+    shell: TreeShell, store: Store, other: Path, lost: int
+) -> None:
+    store.import_image(f"oci:{other}")
+    blob = Path(store.path, "blobs/sha256", sorted(os.listdir(other / "blobs/sha256"))[lost])
+    blob.unlink()
+    store.forget_images()
+    _put_blobs(shell, other)
+    _put_index(shell, _descriptor(other, "again"))
+    assert blob.exists()
+    assert store.image("again").names == store.image("other").names
+    assert check(store) == []
 
 
 def test_a_blob_with_another_digest_is_refused_and_gone(shell: TreeShell) -> None:
