@@ -1,7 +1,8 @@
 """What a new index.json of /views/oci does to the store. Blocking.
 
 A program that uses an OCI image layout changes it by writing index.json anew (OCI image-spec,
-image-layout.md). What differs from the store's is done in this order, so that what fails changes no name:
+image-layout.md). What differs from the store's is done in this order, so that an image that cannot come in
+changes no name:
 
 * A descriptor of what is no image here yet, or of an image that lost blobs which were written into the view:
   the image is imported, from those blobs and the store's.
@@ -17,7 +18,7 @@ from typing import Any
 from . import errors, oci
 from .images import INDEX_MAX
 from .layout import ANNOTATION_NAME, OCI_LAYOUT_VERSION
-from .names import digest_hex, parse_digest
+from .names import digest_hex, parse_digest, parse_image_name
 from .nodes import Digest
 from .store import Catalog, Image, Scratch, Store
 
@@ -41,21 +42,25 @@ def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: C
     base = base or now
     known = {entry.raw.get("digest"): entry.image_id for entry in now.entries}
     read = {entry.raw.get("digest") for entry in base.entries}
-    names: dict[str, str] = {}
-    """Name → id, of what need not be imported."""
+    ids: dict[Digest, str | None] = {}
+    """By digest of the descriptor; None: its image is broken."""
+    for name in map(_name_of, wanted):
+        if name is not None and name not in now.names:
+            parse_image_name(name)
     for descriptor in wanted:
-        name = descriptor.annotations.get(ANNOTATION_NAME)
+        if descriptor.digest in ids:
+            continue
         image_id = known.get(descriptor.digest)
         image = None if image_id is None else now.images[image_id]
         is_new = descriptor.digest not in known and descriptor.digest not in read
         if is_new or not staged.keys().isdisjoint(_blobs(descriptor, image)):
-            _import(store, descriptor, name, staged)
-        elif name is not None and image_id is not None:
-            names[name] = image_id
-    for name, image_id in names.items():
-        if base.names.get(name) != image_id:
+            image_id = _import(store, descriptor, staged).id
+        ids[descriptor.digest] = image_id
+    for descriptor in wanted:
+        name, image_id = _name_of(descriptor), ids[descriptor.digest]
+        if name is not None and image_id is not None and base.names.get(name) != image_id:
             store.tag(image_id, name, replace=True)
-    for name in base.names.keys() - {one.annotations.get(ANNOTATION_NAME) for one in wanted}:
+    for name in base.names.keys() - set(map(_name_of, wanted)):
         if now.names.get(name) == base.names[name]:
             with contextlib.suppress(errors.NotFound):  # another took it away just now
                 store.untag(name)
@@ -68,12 +73,17 @@ def _blobs(descriptor: oci.Descriptor, image: Image | None) -> Iterator[Digest]:
         yield from (image.manifest, image.config, *(layer.blob for layer in image.layers))
 
 
-def _import(store: Store, descriptor: oci.Descriptor, name: str | None, staged: Mapping[Digest, str]) -> None:
+def _name_of(descriptor: oci.Descriptor) -> str | None:
+    return descriptor.annotations.get(ANNOTATION_NAME)
+
+
+def _import(store: Store, descriptor: oci.Descriptor, staged: Mapping[Digest, str]) -> Image:
+    """Gives it no name: what comes after it may fail."""
     with store.scratch() as scratch:
         source = _Layout(store, scratch, staged)
         source.add(descriptor.digest)
         source.finish(descriptor)
-        store.import_image(f"oci:{scratch.path}", [name] if name else [])
+        return store.import_image(f"oci:{scratch.path}")
 
 
 class _Layout:

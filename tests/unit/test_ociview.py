@@ -147,6 +147,29 @@ def test_an_image_that_lost_a_blob_has_it_again(
     assert check(store) == []
 
 
+@pytest.mark.parametrize(
+    "second",
+    [{"digest": f"sha256:{'0' * 64}"}, {"annotations": {NAME: "no name"}}],
+    ids=["missing", "without a name that may be"],
+)
+def test_an_index_that_fails_moves_no_name(
+    shell: TreeShell, store: Store, other: Path, tmp_path: Path, second: dict[str, Any]
+) -> None:
+    make_layout(tmp_path / "third", "third", [{"d": b"4"}])
+    before = store.image_names()
+    _put_blobs(shell, other)
+    _put_blobs(shell, tmp_path / "third")
+    index = _index(shell)
+    index["manifests"] = [
+        *(one for one in index["manifests"] if one["annotations"][NAME] != "app"),
+        _descriptor(other, "app"),
+        {**_descriptor(tmp_path / "third", "third"), **second},
+    ]
+    with pytest.raises(errors.BadInput):
+        shell.write(INDEX, json.dumps(index).encode())
+    assert store.image_names() == before
+
+
 def test_a_blob_with_another_digest_is_refused_and_gone(shell: TreeShell) -> None:
     path = f"{BLOBS}/{_name(b'right')}"
     with pytest.raises(errors.WrongDigest):
