@@ -195,7 +195,7 @@ class OciView(Branch):
     def attr(self, node: Node) -> Attr:
         if isinstance(node, StagedFile):
             return node.attr
-        mtime_ns = os.stat(self._store.index_path).st_mtime_ns
+        mtime_ns = self._store.images_changed_ns()
         if isinstance(node, _Blob):
             return self._owner.file(node.size, mtime_ns, 0o644)
         if isinstance(node, _Document):

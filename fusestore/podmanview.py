@@ -337,7 +337,7 @@ class PodmanView(Branch):
     # What is there
 
     def attr(self, node: Node) -> Attr:
-        mtime_ns = os.stat(self._store.index_path).st_mtime_ns
+        mtime_ns = self._store.images_changed_ns()
         if isinstance(node, _File):
             return self._owner.file(len(node.data), mtime_ns)
         if isinstance(node, _TarSplitFile):

@@ -196,11 +196,6 @@ class Store:
         """This store's part of the run directory."""
         return self._run.root
 
-    @property
-    def index_path(self) -> str:
-        """The file that changes whenever an image or a name of one comes or goes."""
-        return self._layout.index
-
     # Images
 
     def images_changed_ns(self) -> int:

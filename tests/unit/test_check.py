@@ -146,7 +146,7 @@ def test_a_finding_is_one_line() -> None:
 def test_several_things_at_once(tmp_path: Path, store: Store) -> None:
     layer_blob(store).unlink()
     Path(store.path, "names/db").unlink()
-    index = json.loads(Path(store.index_path).read_bytes())
+    index = json.loads(Path(store.path, "index.json").read_bytes())
     with open_at(tmp_path) as reopened:
         assert len(check(reopened)) >= 2
-    assert json.loads(Path(store.index_path).read_bytes()) == index
+    assert json.loads(Path(store.path, "index.json").read_bytes()) == index

@@ -344,7 +344,7 @@ def test_a_name_can_move_below_itself(store: Store, pair: tuple[Image, Image]) -
 
 
 def test_what_others_wrote_into_index_json_is_kept(store: Store, pair: tuple[Image, Image]) -> None:
-    path = Path(store.index_path)
+    path = Path(store.path, "index.json")
     index = json.loads(path.read_bytes())
     index["annotations"] = {"by": "others"}
     index["manifests"][0]["platform"] = {"os": "linux", "architecture": "amd64"}
@@ -358,7 +358,7 @@ def test_what_others_wrote_into_index_json_is_kept(store: Store, pair: tuple[Ima
 def test_an_image_that_another_tool_put_in(tmp_path: Path, store: Store) -> None:
     text = layout(tmp_path / "s", BASE, APP, name="theirs").removeprefix("oci:")
     shutil.copytree(f"{text}/blobs", f"{store.path}/blobs", dirs_exist_ok=True)
-    shutil.copy(f"{text}/index.json", store.index_path)
+    shutil.copy(f"{text}/index.json", Path(store.path, "index.json"))
     assert store.image_names() == {"theirs": store.images()[0].id}
     assert read(store, store.image("theirs")) == [BASE, APP]
     store.delete_image("theirs")
@@ -366,7 +366,7 @@ def test_an_image_that_another_tool_put_in(tmp_path: Path, store: Store) -> None
 
 
 def test_names_below_names_are_not_shown(store: Store, pair: tuple[Image, Image]) -> None:
-    path = Path(store.index_path)
+    path = Path(store.path, "index.json")
     path.write_bytes(path.read_bytes().replace(b'"two"', b'"one/two"'))
     assert store.image_names() == {"one": pair[0].id, "default": pair[0].id}
 
@@ -489,7 +489,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"manifests":5}'])
 def test_a_damaged_index_json(tmp_path: Path, content: bytes) -> None:
     with open_at(tmp_path) as store:
-        Path(store.index_path).write_bytes(content)
+        Path(store.path, "index.json").write_bytes(content)
         with pytest.raises(StoreDamaged, match=r"index\.json is damaged"):
             store.images()
 

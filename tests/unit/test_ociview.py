@@ -264,6 +264,14 @@ def test_a_process_undoes_no_name_that_it_never_saw(shell: TreeShell, store: Sto
     assert store.image_names().keys() == {"mine", "others"}
 
 
+@pytest.mark.parametrize("path", ["images", "views/oci", BLOBS, "views/podman", "views/podman/overlay"])
+def test_without_its_index_a_store_is_damaged(shell: TreeShell, store: Store, path: str) -> None:
+    with shell.walk(path) as entry:
+        Path(store.path, "index.json").unlink()
+        with pytest.raises(errors.StoreDamaged):
+            run(shell.tree.getattr(entry.node.ino))
+
+
 def _read_as(shell: TreeShell, caller: Caller) -> bytes:
     with shell.walk(INDEX) as entry:
         fh, _ = run(shell.tree.open(entry.node.ino, os.O_RDONLY, caller))

@@ -148,7 +148,7 @@ def test_a_sound_store_stays_as_it_is(tmp_path: Path, store: Store) -> None:
 
 
 def test_a_lost_index_has_the_names_that_containers_know(tmp_path: Path, store: Store) -> None:
-    Path(store.index_path).unlink()
+    Path(store.path, "index.json").unlink()
     (line,), _ = repaired(tmp_path)
     assert "made again with 1 images, 0 of them without a name" in line
     with open_at(tmp_path) as reopened:
@@ -157,8 +157,8 @@ def test_a_lost_index_has_the_names_that_containers_know(tmp_path: Path, store: 
 
 def test_what_is_whole_in_a_damaged_index_stays(tmp_path: Path, store: Store) -> None:
     store.tag("x:1", "y/z")
-    text = Path(store.index_path).read_bytes()
-    Path(store.index_path).write_bytes(text[:20] + b"\0" + text[20:-3])
+    text = Path(store.path, "index.json").read_bytes()
+    Path(store.path, "index.json").write_bytes(text[:20] + b"\0" + text[20:-3])
     names = ["default", "x:1", "y/z"]
     repaired(tmp_path)
     with open_at(tmp_path) as reopened:
@@ -170,8 +170,8 @@ def test_what_is_whole_in_a_damaged_index_stays(tmp_path: Path, store: Store) ->
 def test_what_only_a_lenient_reader_takes_is_no_entry(tmp_path: Path, store: Store) -> None:
     """A surrogate, which cannot be written again."""
     entry = r'{"mediaType":"x","digest":"sha256:' + "0" * 64 + r'","size":1,"more":"\ud800"}'
-    text = Path(store.index_path).read_text()
-    Path(store.index_path).write_text(text.replace('"manifests":[', f'"manifests":[{entry},')[:-1])
+    text = Path(store.path, "index.json").read_text()
+    Path(store.path, "index.json").write_text(text.replace('"manifests":[', f'"manifests":[{entry},')[:-1])
     _, left = repaired(tmp_path)
     assert left == []
 
