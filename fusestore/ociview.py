@@ -346,12 +346,15 @@ class OciView(Branch):
         raise errors.Exists(f"{name!r} is there")
 
     def _rename(self, file: StagedFile, directory: _Dir, path: str) -> Steps[None]:
+        digest = _digest_of(path)
         if path == _INDEX:
             yield from self._apply(file)
         elif path == _LAYOUT:
             _check_layout(_read(file))
-        elif directory.path == _BLOBS:
+        elif digest is not None:
             yield from self._verify(file, path)
+            if not file.is_sound(digest):
+                raise errors.Busy(f"views/oci/{path} was written while it was read to be a blob")
         # It may have been removed or renamed meanwhile.
         if self._staged.get(file.path) is file:
             del self._staged[file.path]

@@ -20,7 +20,7 @@ __all__ = ["StagedFile", "StagedHandle"]
 class StagedFile(Node):
     """A file in the view. Its name is asked for each time: a blob of the store may take its place."""
 
-    __slots__ = ("_gid", "_mode", "_sound", "_uid", "base", "directory", "fd", "path", "writers")
+    __slots__ = ("_gid", "_mode", "_sound", "_uid", "_writes", "base", "directory", "fd", "path", "writers")
 
     entry_timeout_s = 0.0
     attr_timeout_s = 0.0
@@ -50,6 +50,8 @@ class StagedFile(Node):
         self._mode = stat.S_IMODE(mode & ~caller.umask)
         self._uid, self._gid = caller.uid, caller.gid
         self._sound: Digest | None = None
+        self._writes = 0
+        """Changes of the content, each counted when it is done: one that is still under way will be."""
 
     @property
     def attr(self) -> Attr:
@@ -63,10 +65,11 @@ class StagedFile(Node):
         return self._sound == digest
 
     def hash(self) -> Steps[Digest]:
-        """The digest of what is in it now."""
-        self._sound = None
+        """The digest of what is in it now. Where it is written meanwhile, it does not count (`is_sound`)."""
+        writes = self._writes
         digest: Digest = yield lambda: _digest(self.fd)
-        self._sound = digest
+        if self._writes == writes:
+            self._sound = digest
         return digest
 
     def change(self, changes: Changes) -> None:
@@ -82,14 +85,18 @@ class StagedFile(Node):
         self._gid = self._gid if changes.gid is None else changes.gid
 
     def resize(self, size: int) -> None:
-        self._sound = None
         os.ftruncate(self.fd, size)
+        self._changed()
 
     def write(self, offset: int, data: bytes) -> Steps[int]:
         written: int = yield lambda: os.pwrite(self.fd, data, offset)
         # After the write: one may have been hashed while it was under way.
-        self._sound = None
+        self._changed()
         return written
+
+    def _changed(self) -> None:
+        self._writes += 1
+        self._sound = None
 
     def __del__(self) -> None:
         os.close(self.fd)

@@ -4,7 +4,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,27 @@ def test_a_file_becomes_a_blob_with_the_right_digest(shell: TreeShell) -> None:
     assert shell.read(f"{BLOBS}/{_name(b'data')}") == b"data"
     shell.rmdir("views/oci/work")
     assert shell.ls("views/oci") == ["blobs", "index.json", "oci-layout"]
+
+
+@pytest.mark.parametrize("is_closed", [False, True], ids=["still open", "closed"])
+def test_what_is_written_while_it_is_hashed_becomes_no_blob(shell: TreeShell, is_closed: bool) -> None:
+    path = f"{BLOBS}/{_name(b'right')}"
+    shell.write("views/oci/file", b"right")
+    with shell.walk("views/oci") as root, shell.walk(BLOBS) as blobs:
+        to = (blobs.node.ino, os.path.basename(path).encode())
+        renaming = shell.tree.rename(root.node.ino, b"file", *to, 0)
+        assert isinstance(renaming, Generator)
+        digest = next(renaming)()
+        fh = shell.open("views/oci/file", os.O_WRONLY)
+        run(shell.tree.write(fh, 0, b"wrong"))
+        if is_closed:
+            shell.close(fh)
+        with pytest.raises(errors.Busy):
+            renaming.send(digest)
+    if not is_closed:
+        shell.close(fh)
+    assert not shell.exists(path)
+    assert shell.read("views/oci/file") == b"wrong"
 
 
 def test_a_file_is_like_others(shell: TreeShell) -> None:
