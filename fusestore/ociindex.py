@@ -13,6 +13,7 @@ changes no name:
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from . import errors, oci
@@ -22,26 +23,39 @@ from .names import digest_hex, parse_digest, parse_image_name
 from .nodes import Digest
 from .store import Catalog, Image, Scratch, Store
 
-__all__ = ["apply_index"]
+__all__ = ["Known", "apply_index"]
 
 _NESTING_MAX = 3
 """Indexes inside indexes."""
 
 
-def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: Catalog | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a program knows of the store: the index.json that it read or wrote last."""
+
+    digests: frozenset[str]
+    """Of descriptors, also of broken images."""
+    names: Mapping[str, str]
+    """name → id."""
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> "Known":
+        return cls(frozenset(str(entry.raw.get("digest")) for entry in catalog.entries), catalog.names)
+
+
+def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: Known | None) -> Known:
     """Makes the store have what the index `data` has. `staged`: verified blobs, and paths to read them.
 
-    `base`: what who wrote it had read before, where that is known: only what differs from it is done, so that
-    programs that write at the same time do not undo each other's names.
+    `base`: what who wrote it knew before, where somebody read index.json: only what differs from it is done,
+    so that programs that write at the same time do not undo each other's names. Gives what he knows now.
 
     Raises BadSource and what importing raises; then images before the one that is wrong are there.
     """
     document = oci.parse_object(data, "index.json", INDEX_MAX)
     wanted = oci.parse_descriptors(document, "manifests", "index.json")
     now = store.catalog()
-    base = base or now
+    base = base or Known.of(now)
     known = {entry.raw.get("digest"): entry.image_id for entry in now.entries}
-    read = {entry.raw.get("digest") for entry in base.entries}
     ids: dict[Digest, str | None] = {}
     """By digest of the descriptor; None: its image is broken."""
     for name in map(_name_of, wanted):
@@ -52,18 +66,22 @@ def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: C
             continue
         image_id = known.get(descriptor.digest)
         image = None if image_id is None else now.images[image_id]
-        is_new = descriptor.digest not in known and descriptor.digest not in read
+        is_new = descriptor.digest not in known and descriptor.digest not in base.digests
         if is_new or not staged.keys().isdisjoint(_blobs(descriptor, image)):
             image_id = _import(store, descriptor, staged).id
         ids[descriptor.digest] = image_id
+    names: dict[str, str] = {}
     for descriptor in wanted:
         name, image_id = _name_of(descriptor), ids[descriptor.digest]
-        if name is not None and image_id is not None and base.names.get(name) != image_id:
-            store.tag(image_id, name, replace=True)
+        if name is not None and image_id is not None:
+            names[name] = image_id
+            if base.names.get(name) != image_id:
+                store.tag(image_id, name, replace=True)
     for name in base.names.keys() - set(map(_name_of, wanted)):
         if now.names.get(name) == base.names[name]:
             with contextlib.suppress(errors.NotFound):  # another took it away just now
                 store.untag(name)
+    return Known(frozenset(ids), names)
 
 
 def _blobs(descriptor: oci.Descriptor, image: Image | None) -> Iterator[Digest]:

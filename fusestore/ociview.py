@@ -30,9 +30,9 @@ from .inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, St
 from .layout import OCI_LAYOUT_VERSION
 from .names import parse_digest
 from .nodes import Attr, Digest, Inode
-from .ociindex import apply_index
+from .ociindex import Known, apply_index
 from .stagedfile import StagedFile, StagedHandle
-from .store import Catalog, Store
+from .store import Store
 from .synthetic import MANY_LINKS, SHARED_S, Owner
 from .syscalls import RENAME_NOREPLACE
 
@@ -116,8 +116,10 @@ class OciView(Branch):
         """Documents and blobs by path."""
         self._staged: dict[str, StagedFile] = {}
         self.root = _Dir(self, inodes.number(), parent, "")
-        self._bases: OrderedDict[int, Catalog] = OrderedDict()
-        """What a process has read last of index.json, by its id; of the last that did."""
+        self._bases: OrderedDict[int, Known] = OrderedDict()
+        """What a process has read or written last of index.json, by its id; of the last that did."""
+        self._latest: Known | None = None
+        """What anybody has: a shell reads it by one process and writes it by another."""
         self._dirs = {"": self.root}
         for path in ("blobs", _BLOBS):
             self._make_dir(self._dirs[os.path.dirname(path)], path)
@@ -222,7 +224,8 @@ class OciView(Branch):
         if flags & os.O_ACCMODE == os.O_RDONLY:
             if isinstance(node, _Blob):
                 return _BlobReader(node, node.file, node.size)
-            self._note_base(node, caller)
+            if node.path == _INDEX:
+                self._note_base(_process(caller.pid), Known.of(self._store.catalog()))
             return DocumentReader(node, node.data)
         if not flags & os.O_TRUNC:
             raise errors.ReadOnly(_WHOLE)
@@ -231,10 +234,10 @@ class OciView(Branch):
         self._known.pop(path, None)
         return self._opened(self._new_file(node.directory, path, 0o644, caller), flags)
 
-    def _note_base(self, document: _Document, caller: Caller) -> None:
-        process = _process(caller.pid)
-        if document.path == _INDEX and process is not None:
-            self._bases[process] = self._store.catalog()
+    def _note_base(self, process: int | None, known: Known) -> None:
+        self._latest = known
+        if process is not None:
+            self._bases[process] = known
             self._bases.move_to_end(process)
             if len(self._bases) > _BASES_MAX:
                 self._bases.popitem(last=False)
@@ -253,9 +256,10 @@ class OciView(Branch):
             raise errors.NoSpace(
                 f"views/oci holds {_STAGED_MAX} files of no image: remove some, or mount the store again"
             )
-        base = self._bases.get(_process(caller.pid) or 0)
+        process = _process(caller.pid)
+        base = self._bases.get(process or 0, self._latest)
         fd = self._store.unnamed_file()
-        return StagedFile(self, self._inodes.number(), directory, path, fd, mode, caller, base)
+        return StagedFile(self, self._inodes.number(), directory, path, fd, mode, caller, process, base)
 
     def _opened(self, file: StagedFile, flags: int) -> StagedHandle:
         return StagedHandle(file, flags, self._check, self._released)
@@ -294,7 +298,8 @@ class OciView(Branch):
             if (digest := _digest_of(path)) is not None and one.is_sound(digest)
         }
         paths = {digest: f"/proc/self/fd/{one.fd}" for digest, one in blobs.items()}
-        yield lambda: apply_index(self._store, _read(file), paths, file.base)
+        file.base = yield lambda: apply_index(self._store, _read(file), paths, file.base)
+        self._note_base(file.process, file.base)
         for digest, one in blobs.items():
             if os.path.exists(self._store.blob_path(digest)):
                 self._drop(one)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from .inodes import Branch, Caller, Changes, FileHandle, Maybe, Node, Steps
 from .nodes import Attr, Digest, Inode
-from .store import Catalog
+from .ociindex import Known
 
 __all__ = ["StagedFile", "StagedHandle"]
 
@@ -20,7 +20,19 @@ __all__ = ["StagedFile", "StagedHandle"]
 class StagedFile(Node):
     """A file in the view. Its name is asked for each time: a blob of the store may take its place."""
 
-    __slots__ = ("_gid", "_mode", "_sound", "_uid", "_writes", "base", "directory", "fd", "path", "writers")
+    __slots__ = (
+        "_gid",
+        "_mode",
+        "_sound",
+        "_uid",
+        "_writes",
+        "base",
+        "directory",
+        "fd",
+        "path",
+        "process",
+        "writers",
+    )
 
     entry_timeout_s = 0.0
     attr_timeout_s = 0.0
@@ -34,16 +46,18 @@ class StagedFile(Node):
         fd: int,
         mode: int,
         caller: Caller,
-        base: Catalog | None,
+        process: int | None,
+        base: Known | None,
     ) -> None:
         """`path`: where it is in the view; `fd`: what `Store.unnamed_file` gave, the object's own now.
 
-        `base`: what the process that makes it knew of the store.
+        `process` makes it, and knew `base` of the store.
         """
         super().__init__(branch, ino)
         self.directory = directory
         self.path = path
         self.fd = fd
+        self.process = process
         self.base = base
         self.writers = 0
         """Open handles that may write."""

@@ -393,6 +393,13 @@ def test_copies_at_once_keep_each_others_names(fresh: Mount, images: Images) -> 
     assert {f"app{number}" for number in range(1, 7)} <= set(fresh.sh("ls images").ok().split())
 
 
+def test_a_copy_of_the_index_takes_no_name_away_that_came_since(fresh: Mount) -> None:
+    copy = fresh.base / "copy"
+    fresh.sh("cat views/oci/index.json > $1; ln -s busybox images/other", copy).ok()
+    fresh.sh("cat $1 > views/oci/index.json", copy).ok()
+    assert "other" in fresh.sh("ls images").ok().split()
+
+
 @pytest.mark.parametrize("path", ["index.json", "blobs/sha256/$(ls views/oci/blobs/sha256 | head -1)"])
 def test_who_reads_is_not_cut_off_by_who_writes(fresh: Mount, path: str) -> None:
     script = f"cp views/oci/{path} $1; exec 3< views/oci/{path} 4> views/oci/{path}; cmp $1 - <&3; cat $1 >&4"

@@ -285,6 +285,23 @@ def test_a_process_undoes_no_name_that_it_never_saw(shell: TreeShell, store: Sto
     assert store.image_names().keys() == {"mine", "others"}
 
 
+def test_a_process_takes_away_what_it_wrote_itself_only(shell: TreeShell, store: Store) -> None:
+    caller = Caller(uid=0, gid=0, pid=os.getpid(), umask=0o022)
+    before = json.loads(_read_as(shell, caller))
+    mine = {**before["manifests"][0], "annotations": {NAME: "mine"}}
+    _write_as(shell, caller, json.dumps({**before, "manifests": [*before["manifests"], mine]}).encode())
+    store.tag("app", "others")
+    _write_as(shell, caller, json.dumps(before).encode())
+    assert store.image_names().keys() == {"app", "default", "others"}
+
+
+def test_what_one_process_read_another_may_write(shell: TreeShell, store: Store) -> None:
+    before = _read_as(shell, Caller(uid=0, gid=0, pid=os.getpid(), umask=0o022))
+    store.tag("app", "others")
+    _write_as(shell, Caller(uid=0, gid=0, pid=os.getppid(), umask=0o022), before)
+    assert store.image_names().keys() == {"app", "default", "others"}
+
+
 @pytest.mark.parametrize("path", ["images", "views/oci", BLOBS, "views/podman", "views/podman/overlay"])
 def test_without_its_index_a_store_is_damaged(shell: TreeShell, store: Store, path: str) -> None:
     with shell.walk(path) as entry:
