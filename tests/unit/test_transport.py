@@ -70,6 +70,22 @@ def test_proxies(url: str, is_proxied: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "is_own"),
+    [
+        ("https://a.example:443/x", True),
+        ("HTTPS://A.Example/x", True),
+        ("https://a.example:80/x", False),
+        ("http://a.example:443/x", False),
+        ("https://a.example.b.example/x", False),
+        ("https://b.example/x", False),
+    ],
+)
+def test_what_belongs_to_the_registry(url: str, is_own: bool) -> None:
+    own = transport._origin_of(parse_url("https://a.example"))
+    assert (transport._origin_of(parse_url(url)) == own) == is_own
+
+
+@pytest.mark.parametrize(
     "proxy",
     ["http://[secret", "http://u:secret@[::1", "http://", "h:3128", "10.0.0.1:3128", "ftp://h", "http://h:x"],
 )
