@@ -241,9 +241,12 @@ def _check_uppers(store: Store, layout: Layout) -> Iterator[Finding]:
         return
     for container_id in sorted(store.container_ids()):
         for root in (layout.upper(container_id), layout.workdir(container_id)):
-            for path in bad_records(root):
-                problem = f"its xattr {RECORD.decode()} is damaged"
-                yield Finding(path, problem, _RECORD_REMEDY, Cure.SET_RECORD_ASIDE)
+            try:
+                for path in bad_records(root):
+                    problem = f"its xattr {RECORD.decode()} is damaged"
+                    yield Finding(path, problem, _RECORD_REMEDY, Cure.SET_RECORD_ASIDE)
+            except OSError as error:
+                yield Finding(root, f"cannot be read ({error.strerror})", _NOT_READ)
 
 
 # What points to what

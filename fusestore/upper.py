@@ -36,6 +36,7 @@ from .errors import NoAttribute, NotPermitted, NotSupported, StoreDamaged
 from .nodes import WHITEOUT_RDEV, Attr, Xattrs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 from .union import Ref, UpperEntry
+from .walk import DIRECTORY, walk
 
 __all__ = ["RECORD", "Birth", "Found", "Scheme", "Upper", "bad_records", "find_scheme"]
 
@@ -676,17 +677,35 @@ def _parse_record(record: bytes, real_mode: int) -> tuple[int, int, int, int]:
 
 
 def bad_records(root: str) -> Iterator[str]:
-    """PLAIN: the files at and below `root` whose owner and mode cannot be understood."""
-    for directory, _, files in os.walk(root):
-        for path in (directory, *(os.path.join(directory, name) for name in files)):
-            try:
-                status = os.lstat(path)
-                if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
-                    _parse_record(os.getxattr(path, RECORD, follow_symlinks=False), status.st_mode)
-            except OSError:
-                continue  # it has none, or is gone
-            except ValueError:
-                yield path
+    """PLAIN: the files at and below `root` whose owner and mode cannot be understood.
+
+    As `walk` finds them; a path may be longer than the kernel takes. Raises OSError where the disk fails.
+    """
+    try:
+        top = os.open(root, DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    try:
+        if not _is_understood(_proc(top) + b"/.", os.fstat(top).st_mode):
+            yield root
+        for met in walk(top):
+            path = _proc(met.directory) + b"/" + os.fsencode(met.name)
+            if not _is_understood(path, met.status.st_mode):
+                yield "/".join((root, *met.above, met.name))
+    finally:
+        os.close(top)
+
+
+def _is_understood(path: bytes, real_mode: int) -> bool:
+    if not (stat.S_ISREG(real_mode) or stat.S_ISDIR(real_mode)):
+        return True
+    try:
+        _parse_record(os.getxattr(path, RECORD, follow_symlinks=False), real_mode)
+    except OSError:
+        pass  # it has none, or is gone
+    except ValueError:
+        return False
+    return True
 
 
 def _getxattr(path: bytes, name: bytes) -> bytes | None:

@@ -109,6 +109,17 @@ def test_what_cannot_be_read_now_is_not_to_be_thrown_away(
     }
 
 
+def test_directories_of_containers_that_the_disk_fails_to_read(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.scheme("plain")
+    path = Path(store.path, "containers/c/workdir")
+    fail_to_open(monkeypatch, path, errno.EIO)
+    with open_at(tmp_path) as reopened:
+        found = [str(finding) for finding in check(reopened)]
+    assert found == [f"{path}: cannot be read (Input/output error): see to that, then check again"]
+
+
 @pytest.mark.parametrize("name", ["layers/*/index", "layers/*/seek.*", "layers/*/cache", "images/*/image"])
 def test_derived_files_may_be_missing(tmp_path: Path, store: Store, name: str) -> None:
     for path in Path(store.path).glob(name):

@@ -16,7 +16,7 @@ from rig.requirements import need
 from fusestore.errors import NoAttribute, NotPermitted, StoreDamaged
 from fusestore.nodes import Attr
 from fusestore.union import UpperEntry
-from fusestore.upper import Birth, Scheme, Upper, find_scheme
+from fusestore.upper import RECORD, Birth, Scheme, Upper, bad_records, find_scheme
 
 pytestmark = pytest.mark.root
 
@@ -574,3 +574,22 @@ def test_a_plain_user_can_do_all_of_it(plain: Place) -> None:
         (stat.S_IFREG | 0o4000, 0, 0, 2),
     ]
     assert _is_whiteout(plain.path / "file") and _is_whiteout(plain.path / "symlink")
+
+
+def test_bad_records_are_found_at_any_depth(plain: Place) -> None:
+    last = deepen(plain.path, 150)
+    Path(f"/proc/self/fd/{last}/f").touch()
+    (plain.path / "sound").touch()
+    (plain.path / "link").symlink_to("sound")
+    wrong = (plain.path, Path(f"/proc/self/fd/{last}"), Path(f"/proc/self/fd/{last}/f"))
+    for path in wrong:
+        os.setxattr(path, RECORD, b"wrong")
+    os.close(last)
+    deepest = "/".join([os.fspath(plain.path), *["d" * 50] * 150])
+    with few_descriptors():
+        found = list(bad_records(os.fspath(plain.path)))
+    assert sorted(found) == [os.fspath(plain.path), deepest, f"{deepest}/f"]
+
+
+def test_of_what_is_not_there_no_record_is_bad(tmp_path: Path) -> None:
+    assert list(bad_records(f"{tmp_path}/none")) == []
