@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -246,6 +247,9 @@ def _serve(connection: socket.socket) -> None:
             result = known[name](*arguments)
         except OSError as error:
             code, message = error.errno or errno.EIO, error.strerror or str(error)
+        except Exception as error:  # who waits must be answered
+            code, message = errno.EIO, repr(error)
+            traceback.print_exc()
         if serial:
             with lock, contextlib.suppress(OSError):
                 connection.sendall(msgpack.packb([serial, code, message, result]))
