@@ -150,15 +150,36 @@ def _receive(connection: socket.socket) -> bytes:
         return b""
 
 
+class _Image:
+    """An image that is mounted, or about to be, and `users` mounts of containers that it is for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held while it is mounted."""
+        self.mount = -1
+        """A descriptor of the mount, which is nowhere."""
+        self.users = 0
+
+
+class _Mounted:
+    """A container's mount, over the directory that the descriptor `directory` is of."""
+
+    def __init__(self, directory: int, image: bytes) -> None:
+        self.lock = threading.Lock()
+        """Held while it is unmounted."""
+        self.directory = directory
+        self.image = image
+
+
 class _Worker:
-    """What the process has mounted. Thread-safe."""
+    """What the process has mounted. Thread-safe: the kernel keeps nobody waiting for what others asked."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._images: dict[bytes, tuple[int, int]] = {}
-        """By path: a descriptor of the mount, which is nowhere, and how many use it."""
-        self._mounted: dict[int, tuple[int, bytes]] = {}
-        """By token: a descriptor of the directory it lies over, and the image."""
+        """Protects what follows, and is never held during a system call that may take long."""
+        self._images: dict[bytes, _Image] = {}
+        self._mounted: dict[int, _Mounted] = {}
+        """By token."""
         self._token = 0
         self._next: bytes | None = None
         self._is_wanted = threading.Event()
@@ -197,40 +218,51 @@ class _Worker:
             stack.pop_all()
         with self._lock:
             self._token += 1
-            self._mounted[self._token] = directory, image
+            self._mounted[self._token] = _Mounted(directory, image)
             return self._token, number
 
     def unmount(self, token: int, lazily: bool) -> None:
         """Through the descriptor, never by path: rmdir(2), which has us do it, holds the locks for that."""
         with self._lock:
+            mounted = self._mounted.get(token)
+        if mounted is None:
+            return
+        with mounted.lock:
             if token not in self._mounted:
-                return
-            directory, image = self._mounted[token]
+                return  # unmounted while we waited
             try:
-                umount2(b"/proc/self/fd/%d" % directory, MNT_DETACH if lazily else 0)
+                umount2(b"/proc/self/fd/%d" % mounted.directory, MNT_DETACH if lazily else 0)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # else it was unmounted by hand
                     raise
-            del self._mounted[token]
-        os.close(directory)
-        self._drop(image)
+            with self._lock:
+                del self._mounted[token]
+            os.close(mounted.directory)
+        self._drop(mounted.image)
 
-    def _take(self, image: bytes, tars: list[bytes]) -> int:
+    def _take(self, path: bytes, tars: list[bytes]) -> int:
         with self._lock:
-            mount, users = self._images.get(image, (-1, 0))
-            if not users:
-                options = [(b"source", image), *((b"device", tar) for tar in tars)]
-                mount = make_mount(b"erofs", options, MOUNT_ATTR_RDONLY)
-            self._images[image] = mount, users + 1
-            return mount
+            image = self._images.setdefault(path, _Image())
+            image.users += 1
+        try:
+            with image.lock:
+                if image.mount < 0:
+                    options = [(b"source", path), *((b"device", tar) for tar in tars)]
+                    image.mount = make_mount(b"erofs", options, MOUNT_ATTR_RDONLY)
+                return image.mount
+        except OSError:
+            self._drop(path)
+            raise
 
-    def _drop(self, image: bytes) -> None:
+    def _drop(self, path: bytes) -> None:
         with self._lock:
-            mount, users = self._images.pop(image)
-            if users > 1:
-                self._images[image] = mount, users - 1
-            else:
-                os.close(mount)
+            image = self._images[path]
+            image.users -= 1
+            if image.users:
+                return
+            del self._images[path]
+        if image.mount >= 0:
+            os.close(image.mount)
 
 
 def _serve(connection: socket.socket) -> None:
