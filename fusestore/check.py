@@ -42,6 +42,9 @@ _STRAY = "nothing of a store's"
 _MOVE = "move it elsewhere"
 _INDEX = "check --repair makes it again of what is left, or restore it from a backup"
 _RECORD_REMEDY = "unmount, then check --repair"
+_SHORTEN = "unmount, give directories above it shorter names, then check --repair"
+_PATH_MAX = 4096
+"""Bytes of a path that the kernel takes, with its NUL (limits.h)."""
 
 
 class Cure(enum.Enum):
@@ -113,7 +116,7 @@ def examine(
     content += _check_uppers(store, layout)
     with lock:
         # What was deleted meanwhile is no finding.
-        content = [finding for finding in content if os.path.lexists(finding.path)]
+        content = [finding for finding in content if _is_there(finding.path)]
         structure = [
             *_check_images(store, layout),
             *_check_unused(store, layout),
@@ -121,6 +124,16 @@ def examine(
             *_check_strays(layout),
         ]
     return content + structure
+
+
+def _is_there(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # longer than the kernel takes
+    return True
 
 
 def _stored_blobs(layout: Layout) -> list[Digest]:
@@ -244,7 +257,10 @@ def _check_uppers(store: Store, layout: Layout) -> Iterator[Finding]:
             try:
                 for path in bad_records(root):
                     problem = f"its xattr {RECORD.decode()} is damaged"
-                    yield Finding(path, problem, _RECORD_REMEDY, Cure.SET_RECORD_ASIDE)
+                    if len(os.fsencode(path)) < _PATH_MAX:
+                        yield Finding(path, problem, _RECORD_REMEDY, Cure.SET_RECORD_ASIDE)
+                    else:
+                        yield Finding(path, problem, _SHORTEN)
             except OSError as error:
                 yield Finding(root, f"cannot be read ({error.strerror})", _NOT_READ)
 

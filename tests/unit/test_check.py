@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from rig.damage import DAMAGE, PLAIN_DAMAGE, Damage, change_middle, layer_blobs
+from rig.deep import deepen
 from rig.ocisources import SourceMaker, tar_of
 from rig.stores import fail_to_open, open_at
 
 from fusestore.check import Finding, check
+from fusestore.repair import repair
 from fusestore.store import Store
 
 BASE, APP = tar_of({"etc/passwd": b"root" * 500}), tar_of({"app": b"1"}, {"link": "app"})
@@ -107,6 +109,22 @@ def test_what_cannot_be_read_now_is_not_to_be_thrown_away(
     assert {str(finding) for finding in found} == {
         f"{path}: cannot be read (Input/output error): see to that, then check again"
     }
+
+
+def test_what_no_path_leads_to_is_found_and_left(tmp_path: Path, store: Store) -> None:
+    store.scheme("plain")
+    last = deepen(Path(store.path, "containers/c/workdir"), 100)
+    os.setxattr(f"/proc/self/fd/{last}", b"user.fusestore.stat", b"wrong")
+    os.close(last)
+    said: list[str] = []
+    with open_at(tmp_path) as reopened:
+        (found,) = check(reopened)
+        assert found.path.endswith("/".join(["d" * 50] * 100))
+        assert (found.problem, found.remedy) == (
+            "its xattr user.fusestore.stat is damaged",
+            "unmount, give directories above it shorter names, then check --repair",
+        )
+        assert (repair(reopened, said.append), said) == ([found], [])
 
 
 def test_directories_of_containers_that_the_disk_fails_to_read(
