@@ -32,7 +32,7 @@ from .names import parse_digest
 from .nodes import Attr, Digest, Inode
 from .ociindex import Known, apply_index
 from .stagedfile import StagedFile, StagedHandle
-from .store import Store
+from .store import Catalog, Store
 from .synthetic import MANY_LINKS, SHARED_S, Owner
 from .syscalls import RENAME_NOREPLACE
 
@@ -84,16 +84,20 @@ class _Blob(Node):
 class _Document(Node):
     """index.json in one version, or oci-layout."""
 
-    __slots__ = ("data", "directory", "path")
+    __slots__ = ("data", "directory", "known", "path")
 
     entry_timeout_s = 0.0
     attr_timeout_s = 0.0
 
-    def __init__(self, branch: Branch, ino: Inode, directory: Node, path: str, data: bytes) -> None:
+    def __init__(
+        self, branch: Branch, ino: Inode, directory: Node, path: str, data: bytes, known: Known | None
+    ) -> None:
+        """`known`: what one knows who has read it; None of oci-layout."""
         super().__init__(branch, ino)
         self.directory = directory
         self.path = path
         self.data = data
+        self.known = known
 
 
 class _BlobReader(BlobHandle):
@@ -114,6 +118,8 @@ class OciView(Branch):
         self._owner = owner
         self._known: WeakValueDictionary[str, Node] = WeakValueDictionary()
         """Documents and blobs by path."""
+        self._encoded: tuple[Catalog, bytes, Known] | None = None
+        """index.json, and what it was made of."""
         self._staged: dict[str, StagedFile] = {}
         self.root = _Dir(self, inodes.number(), parent, "")
         self._bases: OrderedDict[int, Known] = OrderedDict()
@@ -136,15 +142,22 @@ class OciView(Branch):
         if found is not None:
             return found
         if path in (_INDEX, _LAYOUT):
-            data = oci.encode(self._store.catalog().document) if path == _INDEX else _LAYOUT_DATA
-            known = self._known.get(path)
-            if not isinstance(known, _Document) or known.data != data:
-                known = _Document(self, self._inodes.number(), directory, path, data)
-            self._known[path] = known
-            return known
+            data, known = self._index() if path == _INDEX else (_LAYOUT_DATA, None)
+            document = self._known.get(path)
+            if not isinstance(document, _Document) or document.data != data:
+                document = _Document(self, self._inodes.number(), directory, path, data, known)
+            self._known[path] = document
+            return document
         if directory.path == _BLOBS:
             return self._blob(directory, path)
         raise errors.NotFound(f"there is no views/oci/{path}")
+
+    def _index(self) -> tuple[bytes, Known]:
+        """index.json. Encoded once: that of 10,000 names takes as long as many a request."""
+        catalog = self._store.catalog()
+        if self._encoded is None or self._encoded[0] is not catalog:
+            self._encoded = (catalog, oci.encode(catalog.document), Known.of(catalog))
+        return self._encoded[1:]
 
     def _place(self, node: Node, name: bytes) -> tuple[_Dir, str]:
         """A directory that is there, and the path of a name in it."""
@@ -224,8 +237,8 @@ class OciView(Branch):
         if flags & os.O_ACCMODE == os.O_RDONLY:
             if isinstance(node, _Blob):
                 return _BlobReader(node, node.file, node.size)
-            if node.path == _INDEX:
-                self._note_base(_process(caller.pid), Known.of(self._store.catalog()))
+            if node.known is not None:
+                self._note_base(_process(caller.pid), node.known)
             return DocumentReader(node, node.data)
         if not flags & os.O_TRUNC:
             raise errors.ReadOnly(_WHOLE)
@@ -269,7 +282,7 @@ class OciView(Branch):
         if file.path == _INDEX:
             yield from self._apply(file)
         elif file.path == _LAYOUT:
-            _check_layout(_read(file))
+            _check_layout(_read(file, oci.DOCUMENT_MAX))
         elif os.path.dirname(file.path) == _BLOBS:
             yield from self._verify(file, file.path)
 
@@ -298,7 +311,7 @@ class OciView(Branch):
             if (digest := _digest_of(path)) is not None and one.is_sound(digest)
         }
         paths = {digest: f"/proc/self/fd/{one.fd}" for digest, one in blobs.items()}
-        file.base = yield lambda: apply_index(self._store, _read(file), paths, file.base)
+        file.base = yield lambda: apply_index(self._store, _read(file, INDEX_MAX), paths, file.base)
         self._note_base(file.process, file.base)
         for digest, one in blobs.items():
             if os.path.exists(self._store.blob_path(digest)):
@@ -355,7 +368,7 @@ class OciView(Branch):
         if path == _INDEX:
             yield from self._apply(file)
         elif path == _LAYOUT:
-            _check_layout(_read(file))
+            _check_layout(_read(file, oci.DOCUMENT_MAX))
         elif digest is not None:
             yield from self._verify(file, path)
             if not file.is_sound(digest):
@@ -390,9 +403,9 @@ def _process(thread: int) -> int | None:
     return int(line.split()[1])
 
 
-def _read(file: StagedFile) -> bytes:
-    """A document; longer than one may be if it is too long."""
-    return os.pread(file.fd, INDEX_MAX + 1, 0)
+def _read(file: StagedFile, limit: int) -> bytes:
+    """A document; longer than `limit` if it is too long."""
+    return os.pread(file.fd, limit + 1, 0)
 
 
 def _check_layout(data: bytes) -> None:

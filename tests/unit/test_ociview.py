@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import tracemalloc
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from rig.tinyimages import make_layout
 from rig.treeshell import TreeShell
 
-from fusestore import errors
+from fusestore import errors, oci
 from fusestore.check import check
 from fusestore.inodes import Caller, Changes, run
 from fusestore.store import Store
@@ -300,6 +301,31 @@ def test_what_one_process_read_another_may_write(shell: TreeShell, store: Store)
     store.tag("app", "others")
     _write_as(shell, Caller(uid=0, gid=0, pid=os.getppid(), umask=0o022), before)
     assert store.image_names().keys() == {"app", "default", "others"}
+
+
+def test_the_index_is_encoded_once(shell: TreeShell, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shell.read(INDEX)
+    with monkeypatch.context() as patched:
+        patched.setattr(oci, "encode", _fail)
+        assert shell.read(INDEX) == before
+    store.tag("app", "more")
+    assert shell.read(INDEX) != before
+
+
+def _fail(*_: object) -> bytes:
+    raise AssertionError("encoded again")
+
+
+def test_what_is_too_long_for_oci_layout_is_not_read(shell: TreeShell) -> None:
+    shell.write("views/oci/file", b"{}")
+    shell.setattr("views/oci/file", Changes(size=200 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.BadSource):
+            shell.rename("views/oci/file", "views/oci/oci-layout")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("path", ["images", "views/oci", BLOBS, "views/podman", "views/podman/overlay"])
