@@ -101,11 +101,15 @@ class Tree:
 
     def before_lead_in(self, parent_ino: int, name: bytes, pid: int) -> Maybe[None]:
         """Precedes `lead_in`: what may take long."""
+        if name == b".":  # perhaps of an inode that is not known: see `_recalled`
+            return None
         node = self.inodes.node(parent_ino)
         return self._containers.before_lead_in(node, name, pid) if node.branch is self._containers else None
 
     def lead_in(self, parent_ino: int, name: bytes, pid: int) -> Maybe[None]:
         """Precedes a `lookup` by the thread `pid`, who should not pass before it is done, if that is soon."""
+        if name == b".":
+            return None
         node = self.inodes.node(parent_ino)
         return self._containers.lead_in(node, name, pid) if node.branch is self._containers else None
 
