@@ -1,12 +1,9 @@
 """Make a container, look at it, throw it away: the Python API alone, no mount.
 
-    python examples/throwaway.py STORE IMAGE
-
-A program must name the run directory that the store's other users name: here, as the command line does.
+python examples/throwaway.py STORE IMAGE
 """
 
 import json
-import os
 import sys
 
 from fusestore.errors import FusestoreError
@@ -14,7 +11,7 @@ from fusestore.store import Store
 
 
 def main(store_path: str, image: str) -> None:
-    with Store.open(store_path, os.environ.get("FUSESTORE_RUN_DIR")) as store:
+    with Store.open(store_path) as store:
         made = store.create_container(image_name=image, container_name="throwaway")
         try:
             command = made.config.get("config", {}).get("Cmd")

@@ -387,7 +387,11 @@ def default_store_dir(environ: Mapping[str, str], uid: int) -> str:
 
 
 def default_run_dir(environ: Mapping[str, str], uid: int) -> str:
-    """/run/fusestore for root; for others $XDG_RUNTIME_DIR/fusestore, or else /tmp/fusestore-<uid>."""
+    """$FUSESTORE_RUN_DIR; else /run/fusestore for root, and for others $XDG_RUNTIME_DIR/fusestore or
+    /tmp/fusestore-<uid>."""
+    named = environ.get("FUSESTORE_RUN_DIR")
+    if named is not None:
+        return named
     if uid == 0:
         return "/run/fusestore"
     runtime_dir = environ.get("XDG_RUNTIME_DIR")

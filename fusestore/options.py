@@ -59,7 +59,7 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
             env, uid = os.environ, os.geteuid()
             ctx.obj = Places(
                 directory_of("FUSESTORE_STORE", env.get("FUSESTORE_STORE", default_store_dir(env, uid))),
-                directory_of("FUSESTORE_RUN_DIR", env.get("FUSESTORE_RUN_DIR", default_run_dir(env, uid))),
+                directory_of("FUSESTORE_RUN_DIR", default_run_dir(env, uid)),
             )
         if value is not None:
             setattr(ctx.obj, str(param.name), directory_of(param.opts[0], value))

@@ -132,15 +132,17 @@ class Store:
     ) -> "Store":
         """The store at `path`.
 
-        `run_dir`: where run-time state is kept; all who use a store name the same. Default: /run/fusestore
-        for root, the user's runtime directory for others. `create`: make a store where nothing or an empty
-        directory is; two processes may do so at once. `cache_size`: bytes of decompressed layers to keep on
-        disk, shared by all layers; default: a tenth of what is free.
+        `run_dir`: where run-time state is kept; all who use a store name the same. Default: what the command
+        takes too, $FUSESTORE_RUN_DIR, /run/fusestore for root, the user's runtime directory. `create`: make a
+        store where nothing or an empty directory is; two processes may do so at once. `cache_size`: bytes of
+        decompressed layers to keep on disk, shared by all layers; default: a tenth of what is free.
 
         What a crash left behind is cleaned up. Raises StoreUnusable, in the words of layout.py.
         """
+        if run_dir is None:
+            run_dir = default_run_dir(os.environ, os.geteuid())
         for what, directory in (("store", path), ("run directory", run_dir)):
-            if directory is not None and not os.fspath(directory):
+            if not os.fspath(directory):
                 raise StoreUnusable(f"the path of the {what} is empty: name a directory, or leave it out")
         root = os.path.realpath(path)
         layout = Layout(root)
@@ -764,12 +766,9 @@ def _create(layout: Layout) -> bool:
     return True
 
 
-def _prepare_run(run_dir: str | os.PathLike[str] | None, root: str) -> RunLayout:
+def _prepare_run(run_dir: str | os.PathLike[str], root: str) -> RunLayout:
     """The store's run directory, made if need be."""
     uid = os.geteuid()
-    if run_dir is None:
-        runtime_dir = f"/run/user/{uid}"
-        run_dir = default_run_dir({"XDG_RUNTIME_DIR": runtime_dir} if os.path.isdir(runtime_dir) else {}, uid)
     base = os.path.abspath(run_dir)
     os.makedirs(base, 0o700, exist_ok=True)
     found = os.lstat(base) if base.startswith("/tmp/") else os.stat(base)

@@ -126,6 +126,17 @@ def test_another_users_store(tmp_path: Path) -> None:
         open_at(tmp_path)
 
 
+def test_the_run_directory_is_the_commands_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSESTORE_RUN_DIR", f"{tmp_path}/run")
+    with Store.open(tmp_path / "store", create=True) as store:
+        assert store.run_path.startswith(f"{tmp_path}/run/")
+    monkeypatch.setenv("FUSESTORE_RUN_DIR", "")
+    with pytest.raises(StoreUnusable, match="run directory is empty"):
+        Store.open(tmp_path / "store")
+
+
 def test_a_run_directory_of_another_user(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     os.chmod(tmp_path / "run", 0o777)
