@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlencode, urljoin
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
@@ -314,7 +314,7 @@ class Transport:
             proxy = ""
         if proxy in self._pools:
             return self._pools[proxy]
-        return self._pools.setdefault(proxy, _make_pools(proxy, self._connections))
+        return self._pools.setdefault(proxy, _make_pools(proxy, self._patience.stall_s, self._connections))
 
     def _parsed(self, url: str) -> Url:
         """Raises RegistryFailed where it names no host, or has what parsers disagree on: user, backslash."""
@@ -478,18 +478,25 @@ def _parse_proxy(url: str) -> Url:
     raise RegistryFailed("https_proxy or http_proxy names no proxy: mend or unset it")
 
 
-def _make_pools(proxy: str, connections: _Connections) -> urllib3.PoolManager:
-    """`proxy`: its URL, or "". Raises RegistryFailed."""
+def _make_pools(proxy: str, stall_s: float, connections: _Connections) -> urllib3.PoolManager:
+    """`proxy`: its URL, or "". `stall_s`: until sending is given up, for which urllib3 has no timeout.
+
+    Raises RegistryFailed.
+    """
 
     class Plain(HTTPConnection):
         def connect(self) -> None:
             super().connect()
+            self.sock.settimeout(stall_s)
             connections.add(self.sock)
 
-    class TLS(HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            connections.add(self.sock)
+        def request(self, *args: Any, **options: Any) -> None:
+            if self.sock is not None:  # a new one of TLS, or one that is used again
+                self.timeout = stall_s
+            super().request(*args, **options)
+
+    class TLS(Plain, HTTPSConnection):
+        pass
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain

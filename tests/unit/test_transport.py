@@ -178,3 +178,33 @@ def test_connections_may_come_while_all_are_ended() -> None:
     finally:
         sys.setswitchinterval(interval_s)
         thread.join()
+
+
+def test_sending_may_stall_as_long_as_reading() -> None:
+    """Longer than a connection may take to be made; also on one that is there already."""
+    allowed_s: list[float | None] = []
+
+    class Body(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            allowed_s.extend(connected.gettimeout() for connected in way._connections._sockets)
+            return super().read(size)
+
+    def answer() -> None:
+        connected, _ = server.accept()
+        with connected, connected.makefile("rb") as asked:
+            for _ in range(2):
+                while asked.readline().strip():
+                    pass
+                asked.read(4)
+                connected.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        name = f"127.0.0.1:{server.getsockname()[1]}"
+        way = Transport(parse_reference(f"{name}/app"), None, True, Patience(stall_s=77), {})
+        for _ in range(2):
+            way.drop(way.request("PUT", f"http://{name}/", (), {}, Upload(4, lambda: Body(b"body"))))
+        thread.join()
+        way.close()
+    assert len(allowed_s) >= 2 and set(allowed_s) == {77}
