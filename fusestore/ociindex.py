@@ -18,7 +18,7 @@ from typing import Any
 
 from . import errors, oci
 from .images import INDEX_MAX
-from .layout import ANNOTATION_NAME, OCI_LAYOUT_VERSION
+from .layout import ANNOTATION_NAME, DEFAULT_TAG, OCI_LAYOUT_VERSION
 from .names import digest_hex, parse_digest, parse_image_name
 from .nodes import Digest
 from .store import Catalog, Image, Scratch, Store
@@ -70,6 +70,10 @@ def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: K
         if is_new or not staged.keys().isdisjoint(_blobs(descriptor, image)):
             image_id = _import(store, descriptor, staged).id
         ids[descriptor.digest] = image_id
+    below_default = any((_name_of(one) or "").startswith(f"{DEFAULT_TAG}/") for one in wanted)
+    if below_default and DEFAULT_TAG not in now.names:
+        with contextlib.suppress(errors.NotFound):
+            store.untag(DEFAULT_TAG)  # the first image got it, as it came without its name
     names: dict[str, str] = {}
     for descriptor in wanted:
         name, image_id = _name_of(descriptor), ids[descriptor.digest]

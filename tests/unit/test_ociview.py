@@ -85,6 +85,14 @@ def test_an_image_may_come_without_a_name(shell: TreeShell, store: Store, other:
     assert [image.names for image in store.images()] == [("app", "default"), ()]
 
 
+def test_the_first_image_may_have_a_name_below_default(tmp_path: Path, other: Path) -> None:
+    with Store.open(tmp_path / "empty", tmp_path / "run", create=True) as store:
+        shell = TreeShell(store)
+        _put_blobs(shell, other)
+        _put_index(shell, _descriptor(other, "default/1"))
+        assert store.image_names().keys() == {"default/1"}
+
+
 def test_what_is_in_an_image_is_no_longer_held_here(shell: TreeShell, store: Store, other: Path) -> None:
     _put_blobs(shell, other)
     blob = f"{BLOBS}/{_name(next((other / 'blobs/sha256').iterdir()).read_bytes())}"
