@@ -30,7 +30,7 @@ from .mounter import Mounter
 from .nodes import Attr
 from .store import Store
 from .synthetic import RootfsBranch
-from .syscalls import make_mount
+from .syscalls import is_mounted, make_mount
 
 __all__ = ["KernelMounts", "KernelRootfs"]
 
@@ -131,13 +131,12 @@ class _Mounted:
         """See `Mounter.mount`, and `KernelMounts.require_alone` for `former`."""
         self._mounter = mounter
         self._token = token
-        self._number = b"%d " % number
+        self._number = number
         self._hold = hold
         self._former = former
 
     def is_there(self) -> bool:
-        with open("/proc/self/mountinfo", "rb") as file:
-            return any(line.startswith(self._number) for line in file)
+        return is_mounted(self._number)
 
     def unmount(self) -> None:
         """Raises Busy while somebody is in it."""

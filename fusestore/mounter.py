@@ -93,7 +93,7 @@ class Mounter:
         """Mount overlayfs over the directory `place`, its lower layer the EROFS image with devices `tars`.
 
         The image is mounted once for all that use it. `options` are overlayfs's other ones. What `unmount`
-        takes, and the mount's id as proc_pid_mountinfo(5) has it. Raises OSError.
+        takes, and the mount's `mount_number`. Raises OSError.
         """
         devices = [os.fsencode(tar) for tar in tars]
         token, number = self._call("mount", os.fsencode(place), os.fsencode(image), devices, options)

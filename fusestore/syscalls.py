@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterable
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RENAME_NOREPLACE",
     "RENAME_WHITEOUT",
     "groups_of",
+    "is_mounted",
     "make_mount",
     "mount",
     "mount_number",
@@ -49,6 +51,13 @@ _FSCONFIG_CMD_CREATE = 6
 _FSMOUNT_CLOEXEC = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x04
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
+_AT_EMPTY_PATH = 0x1000
+_STATX_MNT_ID_UNIQUE = 0x4000
+_STATX_SIZE = 256
+_STATX_MNT_ID_OFFSET = 0x90
+_NR_STATMOUNT = 457  # glibc 2.36 has no name for it
+_MNT_ID_REQ_SIZE_VER0 = 24
+_STATMOUNT_SIZE = 512
 _MESSAGE_MAX = 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,6 +76,9 @@ _libc.move_mount.argtypes = [
     ctypes.c_char_p,
     ctypes.c_uint,
 ]
+_libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
+_libc.syscall.argtypes = [ctypes.c_long, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint]
+_libc.syscall.restype = ctypes.c_long
 
 
 def _check(result: int, what: bytes) -> None:
@@ -156,9 +168,22 @@ def make_mount(kind: bytes, options: Iterable[tuple[bytes, bytes | None]], attri
 
 
 def mount_number(fd: int) -> int:
-    """The id of the mount that a descriptor lies in, as proc_pid_mountinfo(5) has it."""
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+    """Of the mount that a descriptor lies in: statx(2), STATX_MNT_ID_UNIQUE. No other ever gets it."""
+    found = ctypes.create_string_buffer(_STATX_SIZE)
+    _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_MNT_ID_UNIQUE, found), b"statx")
+    (number,) = struct.unpack_from("Q", found, _STATX_MNT_ID_OFFSET)
+    return int(number)
+
+
+def is_mounted(number: int) -> bool:
+    """Whether the mount of that `mount_number` has a place in this mount namespace: statmount(2)."""
+    request = struct.pack("IIQQ", _MNT_ID_REQ_SIZE_VER0, 0, number, 0)
+    found = ctypes.create_string_buffer(_STATMOUNT_SIZE)
+    result = _libc.syscall(_NR_STATMOUNT, request, found, _STATMOUNT_SIZE, 0)
+    if result and ctypes.get_errno() == errno.ENOENT:
+        return False
+    _check(result, b"statmount")
+    return True
 
 
 def move_mount(mount: int, directory: int) -> None:

@@ -166,6 +166,18 @@ def test_what_was_unmounted_by_hand_is_mounted_again(fresh: Mount) -> None:
     assert fresh.sh("cat containers/c/rootfs/file").ok() == "x\n"
 
 
+def test_what_was_unmounted_by_hand_is_not_taken_for_what_was_mounted_since(fresh: Mount) -> None:
+    """The ids in mountinfo are given out again."""
+    elsewhere = fresh.base / "elsewhere"
+    elsewhere.mkdir()
+    script = """
+        mkdir containers/c; echo x > containers/c/rootfs/file
+        umount containers/c/rootfs; for i in {1..20}; do mount -t tmpfs none $1; done
+        cat containers/c/rootfs/file; for i in {1..20}; do umount $1; done
+    """
+    assert fresh.sh(script, elsewhere).ok() == "x\n"
+
+
 def test_umount_is_refused_while_somebody_is_in_a_container(fresh: Mount) -> None:
     fresh.sh("mkdir containers/c").ok()
     assert fresh.sh("cd containers/c/rootfs; fusestore umount $1", fresh.mountpoint).code == 1
