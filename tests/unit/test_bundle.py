@@ -15,6 +15,7 @@ from fusestore.errors import BadInput, Exists, NotFound
 from fusestore.store import Store
 
 _PASSWD = b"app:x:1000:100::/:\n"
+_SETTINGS = {"User": "app", "Cmd": ["/bin/sh"]}
 
 
 @pytest.fixture
@@ -26,11 +27,15 @@ def live(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 
 def _container(
-    store: Store, tmp_path: Path, files: dict[str, bytes], links: dict[str, str] | None = None
+    store: Store,
+    tmp_path: Path,
+    files: dict[str, bytes],
+    links: dict[str, str] | None = None,
+    settings: object = _SETTINGS,
 ) -> None:
-    """The container `c` of an image with these, whose user is `app`."""
+    """The container `c` of an image with these, whose user is `app` if nothing else is said."""
     maker = SourceMaker()
-    made = maker.image([tar_of(files, links)], {"config": {"User": "app", "Cmd": ["/bin/sh"]}})
+    made = maker.image([tar_of(files, links)], {"config": settings})
     store.import_image(maker.add(made, "app").directory(tmp_path / "image"))
     store.create_container("app", container_id="c", container_name="name")
 
@@ -87,6 +92,36 @@ def test_what_is_no_passwd_is_refused(
     with pytest.raises(BadInput, match=said):
         _written(live, tmp_path)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("oops", "config in the image's config is no object: mend the image"),
+        (["oops"], "config in the image's config is no object"),
+        ({"Cmd": "sh"}, "Cmd in the image's config is no list of texts"),
+        ({"Cmd": {"sh": "-c"}}, "Cmd in the image's config is no list of texts"),
+        ({"Entrypoint": ["sh", 1]}, "Entrypoint in the image's config is no list of texts"),
+        ({"Env": [None]}, "Env in the image's config is no list of texts"),
+        ({"Env": 7}, "Env in the image's config is no list of texts"),
+        ({"User": 1000}, "User in the image's config is no text"),
+        ({"User": ["app"]}, "User in the image's config is no text"),
+        ({"WorkingDir": ["/"]}, "WorkingDir in the image's config is no text"),
+        ({"Labels": ["a"]}, "Labels in the image's config is no object of texts"),
+        ({"Labels": {"a": 1}}, "Labels in the image's config is no object of texts"),
+    ],
+)
+def test_what_is_no_config_is_refused(live: Store, tmp_path: Path, settings: object, said: str) -> None:
+    _container(live, tmp_path, {"etc/passwd": _PASSWD}, settings=settings)
+    with pytest.raises(BadInput, match=said):
+        write_bundle(live, "c", str(tmp_path / "bundle"), ["sh"])
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_a_config_leaves_open_is_not_missed(live: Store, tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("User", "Entrypoint", "Cmd", "Env", "WorkingDir", "Labels"))
+    _container(live, tmp_path, {}, settings={**nothing, "Cmd": ["sh"], "Volumes": "ignored"})
+    assert _written(live, tmp_path)["process"]["args"] == ["sh"]
 
 
 def test_a_plain_users_is_root_whoever_the_image_names(
