@@ -284,6 +284,21 @@ def test_skopeo_copies_what_is_there_under_another_name(fresh: Mount, images: Im
     assert fresh.sh("[ images/again -ef images/busybox ]").code == 0
 
 
+def test_skopeo_brings_back_what_a_repair_set_aside(fresh: Mount, images: Images) -> None:
+    digest = _json(fresh, "images/busybox/metadata.json")["manifest-digest"]
+    manifest = fresh.store / "blobs/sha256" / digest.removeprefix("sha256:")
+    sound = manifest.read_bytes()
+    fresh.umount()
+    manifest.write_bytes(b"{}")
+    fresh.fusestore("check", "--repair")
+    fresh.mount()
+    assert not manifest.exists()
+    _skopeo(fresh, "copy", "--quiet", images.busybox.source, f"oci:{_layout(fresh)}:again").ok()
+    assert manifest.read_bytes() == sound
+    fresh.sh("[ images/again -ef images/busybox ]").ok()
+    fresh.fusestore("check").ok()
+
+
 def test_umoci_changes_an_image(fresh: Mount, source: Path) -> None:
     layout = _layout(fresh)
     other = ("--image", f"{layout}:other")
