@@ -1,7 +1,8 @@
 """The verification of a whole store. Blocking; changes nothing: `fusestore.repair` does.
 
 Two passes. Contents first, without any lock, since it takes long: every blob is read and hashed, every layer
-decompressed to its diff_id and scanned, and the derived files compared with what that gives. Then, with the
+decompressed to its diff_id and scanned, and the derived files, those of whole images too, compared with what
+that gives. Then, with the
 store's names locked, what points to what: index.json, names, documents, and what nothing points to.
 
 Nothing is reported that does no harm: a derived file that is missing is made again, trash is emptied by the
@@ -13,18 +14,21 @@ import enum
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from . import oci
 from .blobs import Ingested, derive
 from .durable import is_damage, read_file
-from .errors import BadName, BadSource, StoreDamaged, StoreError
+from .errors import BadName, BadSource, NotSupported, StoreDamaged, StoreError
 from .images import Image, loose_parts
 from .layer import LayerIndex
 from .layerfiles import LayerRef, map_index
 from .layout import Layout
+from .metadataimage import write_metadata_image
 from .names import parse_container_id, parse_digest
 from .nodes import Digest
 from .seek import SeekTable
@@ -35,6 +39,7 @@ __all__ = ["Cure", "Finding", "check", "examine"]
 
 _IMPORT_AGAIN = "import the image again"
 _MADE_AGAIN = "remove it, it is made again from the blob"
+_REMADE = "remove it, it is made again"
 _UNUSED = "remove it"
 _SAVE = "save what you need from diff/ beside it, then delete the container"
 _NOT_READ = "see to that, then check again"
@@ -45,6 +50,7 @@ _RECORD_REMEDY = "unmount, then check --repair"
 _SHORTEN = "unmount, give directories above it shorter names, then check --repair"
 _PATH_MAX = 4096
 """Bytes of a path that the kernel takes, with its NUL (limits.h)."""
+_CHUNK = 1 << 20
 
 
 class Cure(enum.Enum):
@@ -113,6 +119,8 @@ def examine(
 
     content = [finding for layer in layers for finding in _check_layer(layout, layer, advance)]
     content += [finding for digest in others for finding in _check_blob(layout, digest, advance)]
+    wrong = {finding.path for finding in content}
+    content += [finding for image in images for finding in _check_metadata_image(store, layout, image, wrong)]
     content += _check_uppers(store, layout)
     with lock:
         # What was deleted meanwhile is no finding.
@@ -244,6 +252,38 @@ def _check_table(path: str, made: Ingested) -> Iterator[Finding]:
         yield Finding(path, "is damaged", _MADE_AGAIN, Cure.DERIVE)
 
 
+def _check_metadata_image(store: Store, layout: Layout, image: Image, wrong: set[str]) -> Iterator[Finding]:
+    """`wrong`: what has a finding already; of layers that do nothing can be made to compare with."""
+    path = layout.metadata_image(image.id)
+    needed = [layout.blob(layer.blob) for layer in image.layers]
+    for layer in image.layers:
+        needed.append(layout.layer_index(layer.diff_id))
+        if layer.is_compressed:
+            needed.append(layout.seek_table(layer.diff_id, layer.blob))
+    if wrong.intersection(needed) or not all(map(os.path.exists, [path, *needed])):
+        return
+    try:
+        with open(path, "rb") as file, tempfile.TemporaryFile() as made:
+            write_metadata_image(store.open_layers(image), os.dup(made.fileno()))
+            made.seek(0)
+            if not _has_same(file, made):
+                yield Finding(path, "is damaged", _REMADE, Cure.SET_ASIDE)
+    except NotSupported:
+        yield Finding(path, "is of another image", _REMADE, Cure.SET_ASIDE)  # this one has none
+    except (FileNotFoundError, StoreDamaged):
+        return  # deleted just now
+    except OSError as error:
+        yield _unread(path, error, _REMADE, Cure.SET_ASIDE)
+
+
+def _has_same(file: BinaryIO, other: BinaryIO) -> bool:
+    """Reads both to their ends, or to where they differ."""
+    while (data := file.read(_CHUNK)) == other.read(_CHUNK):
+        if not data:
+            return True
+    return False
+
+
 def _check_uppers(store: Store, layout: Layout) -> Iterator[Finding]:
     """What a plain user's containers say of owners and modes."""
     try:
@@ -308,7 +348,7 @@ def _check_image(store: Store, layout: Layout, image: Image) -> Iterator[Finding
         return  # its blobs are found above, or by their digests
     if described != image:
         path = layout.image_record(image.id)
-        yield Finding(path, "contradicts the manifest", "remove it, it is made again", Cure.SET_ASIDE)
+        yield Finding(path, "contradicts the manifest", _REMADE, Cure.SET_ASIDE)
 
 
 def _check_unused(store: Store, layout: Layout) -> Iterator[Finding]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rig.damage import change_middle
+from rig.images import Images
 from rig.mounts import Mount, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
@@ -225,6 +227,24 @@ def test_a_container_waits_for_who_is_left_in_a_lost_mount(
         finally:
             left.kill()
     assert fresh.sh("cat containers/c/rootfs/file").ok() == "written\n"
+
+
+@pytest.mark.parametrize("image", ["busybox", "debian", "corners"])
+def test_check_repairs_the_image_of_names_that_the_kernel_has(
+    fresh: Mount, images: Images, image: str
+) -> None:
+    fresh.fusestore("import", getattr(images, image).source).ok()
+    fresh.fusestore("create", image, "c").ok()
+    count = "ls -AR containers/c/rootfs | sha256sum"
+    listed = fresh.sh(count).ok()
+    assert fresh.fusestore("check").ok() == ""
+    fresh.umount()
+    (path,) = fresh.store.glob("images/*/erofs.1")
+    change_middle(path)
+    assert fresh.fusestore("check").code == 1
+    fresh.fusestore("check", "--repair").ok()
+    fresh.mount()
+    assert fresh.sh(count).ok() == listed
 
 
 def test_nobody_hangs_when_the_daemon_is_killed_as_they_enter(fresh: Mount) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,53 @@ def test_findings(tmp_path: Path, store: Store, kind: str) -> None:
         assert tree(reopened) == before
     assert any(done.problem in line and done.remedy in line for line in found), found
     assert not any("\n" in line for line in found)
+
+
+@pytest.fixture
+def metadata_image(tmp_path: Path, store: Store) -> Path:
+    with open_at(tmp_path) as reopened:
+        return Path(reopened.metadata_image(reopened.images()[0]))
+
+
+@pytest.mark.parametrize("kind", [None, "index changed", "seek table changed", "layer changed"])
+def test_what_a_sound_metadata_image_is_of_may_be_damaged(
+    tmp_path: Path, store: Store, metadata_image: Path, kind: str | None
+) -> None:
+    if kind:
+        damage(store, kind)
+    with open_at(tmp_path) as reopened:
+        before = tree(reopened)
+        found = check(reopened)
+        assert tree(reopened) == before
+    assert bool(found) == bool(kind)
+    assert str(metadata_image) not in {finding.path for finding in found}
+
+
+@pytest.mark.parametrize(
+    "do", [change_middle, lambda path: os.truncate(path, 50), lambda path: os.truncate(path, 0)]
+)
+def test_a_damaged_metadata_image_is_found_and_made_again(
+    tmp_path: Path, store: Store, metadata_image: Path, do: Callable[[Path], object]
+) -> None:
+    sound = metadata_image.read_bytes()
+    do(metadata_image)
+    with open_at(tmp_path) as reopened:
+        line = f"{metadata_image}: is damaged: remove it, it is made again"
+        assert [str(finding) for finding in check(reopened)] == [line]
+        assert repair(reopened, lambda line: None) == []
+        reopened.metadata_image(reopened.images()[0])
+    assert metadata_image.read_bytes() == sound
+
+
+def test_a_metadata_image_of_what_can_have_none(tmp_path: Path) -> None:
+    maker = SourceMaker()
+    with open_at(tmp_path) as store:
+        image = store.import_image(maker.add(maker.image([]), "empty:1").directory(tmp_path / "empty"))
+        path = Path(store.path, "images", image.id, "erofs.1")
+        path.touch()
+        assert [str(finding) for finding in check(store)] == [
+            f"{path}: is of another image: remove it, it is made again"
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
