@@ -2,8 +2,8 @@
 
 Counted are the blocks of what is in the upper directory, hard links once: all of it when the container is
 opened, from then on what each change adds or takes away. What was removed counts until nobody has it open.
-Not counted are inodes, which file systems keep apart from blocks, and what others do to the directory behind
-the mount, until it is opened the next time.
+Not counted are inodes, which file systems keep apart from blocks, and, until it is opened the next time, what
+others do to the directory behind the mount and what the file system gives back later than a file is closed.
 """
 
 import os

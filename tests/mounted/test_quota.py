@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rig.mounts import Mount, wait_until
+from rig.mounts import Mount, Place, wait_until
+from rig.people import as_root
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
@@ -224,3 +225,21 @@ with Store.open(os.environ["FUSESTORE_STORE"], os.environ["FUSESTORE_RUN_DIR"]) 
     fresh.person.run(python, "-c", script, env=fresh.environment).ok()
     path = _rootfs(fresh, "a") / "x"
     wait_until(lambda: fresh.person.call(_write_and_sync, path, 2 * MIB) == "EDQUOT")
+
+
+@as_root
+def test_what_xfs_gives_back_of_a_closed_file_can_be_taken_again(place: Place) -> None:
+    """While a file grows it has more blocks than it needs."""
+    script = """
+        cd $1; truncate -s 320M disk; mkfs.xfs -q disk; mkdir xfs here; mount -o loop disk xfs
+        trap 'fusestore umount here; umount xfs' EXIT
+        export FUSESTORE_STORE=$1/xfs/store
+        umoci init --layout image; umoci new --image image:empty
+        fusestore import oci:image:empty > /dev/null; fusestore mount here
+        mkdir here/containers/a; echo '{"quota": 8388608}' > here/containers/a/metadata.json
+        for i in $(seq 40); do
+            dd if=/dev/zero of=here/containers/a/rootfs/x bs=4k count=300 oflag=direct status=none
+            rm here/containers/a/rootfs/x
+        done
+    """
+    place.person.run("bash", "-ec", script, "bash", place.base, env=place.environment).ok()
