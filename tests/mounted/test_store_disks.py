@@ -42,7 +42,7 @@ class Disk:
 
     def _ext4(self) -> Path:
         """What the kernel says of the mounted file system, there as long as that is."""
-        command = ["findmnt", "-no", "SOURCE", self.mount.store]
+        command = ["findmnt", "-no", "SOURCE", "--mountpoint", self.mount.store]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         return Path("/sys/fs/ext4", os.path.basename(found))
 
