@@ -204,19 +204,18 @@ def unmount(store: Store, mountpoint: str) -> None:
         # Opened before: syncfs(2) reports what failed since then, also to the daemon.
         disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, disk)
-        processes = []
-        serves_by_kernel = False
-        for record in store.mounts():
-            if record.mountpoint == real:
-                serves_by_kernel |= record.driver == BY_KERNEL
-                with suppress(ProcessLookupError):
-                    processes.append(os.pidfd_open(record.pid))
-                    stack.callback(os.close, processes[-1])
-        if processes:
+        # The newest is at that place: older ones were unmounted here, and somebody keeps them elsewhere.
+        record = next((record for record in reversed(store.mounts()) if record.mountpoint == real), None)
+        process = -1
+        if record is not None:
+            with suppress(ProcessLookupError):
+                process = os.pidfd_open(record.pid)
+                stack.callback(os.close, process)
+        if record is not None and process >= 0:
             device = device_at(real)
             if device is not None:
-                _leave(store, real, _PATIENCE_S if serves_by_kernel else 0)
-            _wait_for_end(store, real, device, processes)
+                _leave(store, real, _PATIENCE_S if record.driver == BY_KERNEL else 0)
+            _wait_for_end(store, real, device, record.pid, process)
         elif not _clear_dead(mountpoint):
             raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
         syncfs(disk)
@@ -235,11 +234,11 @@ def _leave(store: Store, real: str, patience_s: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _wait_for_end(store: Store, real: str, device: str | None, processes: list[int]) -> None:
-    """`device` is what was mounted at `real`, `processes` the descriptors of who serves it."""
+def _wait_for_end(store: Store, real: str, device: str | None, pid: int, process: int) -> None:
+    """`device` is what was mounted at `real`, `process` a descriptor of `pid`, who serves it."""
     start = time.monotonic()
     has_looked = False
-    while pids := [record.pid for record in store.mounts() if record.mountpoint == real]:
+    while pid in [record.pid for record in store.mounts()]:
         waited_s = time.monotonic() - start
         if waited_s > _KEPT_TIMEOUT_S and not has_looked:
             has_looked = True
@@ -251,14 +250,13 @@ def _wait_for_end(store: Store, real: str, device: str | None, processes: list[i
                 )
         if waited_s > _UNMOUNT_TIMEOUT_S:
             raise Busy(
-                f"{real} is unmounted here, but its process {pids[0]} still runs: see its log; "
+                f"{real} is unmounted here, but its process {pid} still runs: see its log; "
                 "as root, look for who keeps it in another mount namespace"
             )
         time.sleep(_POLL_S)
-    for process in processes:
-        left_s = max(0.0, start + _UNMOUNT_TIMEOUT_S - time.monotonic())
-        if not select.select([process], [], [], left_s)[0]:
-            raise Busy(f"{real} is unmounted, and no longer served, but its process still runs: see its log")
+    left_s = max(0.0, start + _UNMOUNT_TIMEOUT_S - time.monotonic())
+    if not select.select([process], [], [], left_s)[0]:
+        raise Busy(f"{real} is unmounted, and no longer served, but its process still runs: see its log")
 
 
 def detach(real: str, *, lazily: bool = False) -> None:

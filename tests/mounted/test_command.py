@@ -199,6 +199,11 @@ def test_a_signal_to_a_mount_that_is_kept_elsewhere_leaves_its_successor_alone(f
     assert _kept(fresh, script).split() == ["containers", "images", "views"]
 
 
+def test_umount_waits_only_for_what_it_unmounted(fresh: Mount) -> None:
+    assert _kept(fresh, "fusestore mount $store && fusestore umount $store && ls -A $store") == ""
+    wait_until(lambda: fresh.pids() == [])
+
+
 def test_umount_of_nothing_is_refused(unmounted: Mount) -> None:
     result = unmounted.fusestore("umount", unmounted.mountpoint)
     assert result.code == 1
