@@ -53,6 +53,14 @@ def test_a_plain_namespace_chroot_runs_a_shell(mounted: Mount, container: str) -
     assert mounted.sh(script, container).ok().split() == ["/bin/sh", "0"]
 
 
+@as_user
+def test_links_and_fifos_that_change_become_the_users(mounted: Mount, debian: str) -> None:
+    changes = "touch xattrs; mv absolute a; mv fifo f"
+    script = f"cd upper; stat -c %u absolute fifo xattrs; {changes}; stat -c %u a f xattrs"
+    own = str(mounted.person.uid)
+    assert _in_rootfs(mounted, debian, script).split() == ["0", "0", "0", own, own, "0"]
+
+
 EDITS = {
     "overwrite": ("echo new > etc/hostname; cat etc/hostname", "new"),
     "append": ("echo more >> etc/hostname; cat etc/hostname", "busybox more"),
