@@ -53,7 +53,8 @@ def _union(area: Area) -> Iterator[FakeKernel]:
     try:
         yield kernel
     finally:
-        kernel.detach()
+        kernel.forget()
+        kernel.rootfs.detach()  # not `kernel.detach`: it would count what an overlay beside it did
 
 
 def _layer_path(area: Area, number: int) -> Path:

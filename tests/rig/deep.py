@@ -23,10 +23,11 @@ def deepen(path: Path, levels: int, name: str = "d" * 50) -> int:
 @contextlib.contextmanager
 def few_descriptors() -> Iterator[None]:
     """This process may open ten more."""
-    lowest_free = os.open("/", os.O_PATH)
-    os.close(lowest_free)
+    free = [os.open("/", os.O_PATH) for _ in range(10)]
+    for fd in free:
+        os.close(fd)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, hard))
     try:
         yield
     finally:
