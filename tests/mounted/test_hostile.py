@@ -172,6 +172,7 @@ def test_a_million_empty_files(fresh: Mount) -> None:
     source = _layout(fresh.base / "hostile", b"".join(blocks) + END)
     fresh.fusestore("import", source, "--name", "hostile", deadline_s=300).ok()
     fresh.fusestore("create", "hostile", "hostile").ok()
+    fresh.expect("waits for over 10 s")  # by erofs: for the image of a million names
     assert fresh.sh(
         "ls -U containers/hostile/rootfs | wc -l; ls -U containers/hostile/rootfs/007 | wc -l"
     ).ok() == ("1000\n1000\n")
