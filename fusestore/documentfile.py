@@ -80,8 +80,8 @@ class DocumentWriter(FileHandle):
         self._appends = bool(flags & os.O_APPEND)
         self._edits = not self._appends and not flags & os.O_TRUNC
         self._buffer = old if self._edits else b""
-        self._committed = None if flags & os.O_TRUNC else self._buffer
-        """The buffer as the document knows it, if it knows one; while it is the buffer nothing is pending."""
+        self._committed = self._buffer
+        """The buffer as the document knows it; while it is the buffer nothing is pending."""
 
     def read(self, offset: int, size: int) -> bytes:
         shown = self._old if self._appends and not self._buffer else self._buffer
@@ -107,7 +107,7 @@ class DocumentWriter(FileHandle):
                 raise
             self._buffer = draft
             return len(data)
-        if self._committed is not None and draft.strip() == self._committed.strip():
+        if draft.strip() == self._committed.strip():
             self._buffer = self._committed = draft
             return len(data)
         return self._write_whole(draft, len(data))
@@ -123,7 +123,7 @@ class DocumentWriter(FileHandle):
         self._buffer = self._buffer[:size].ljust(size, b"\0")
         if size == 0:
             self._edits = False
-            self._committed = None
+            self._committed = b""
 
     def flush(self) -> Maybe[None]:
         buffer = self._buffer
@@ -141,8 +141,8 @@ class DocumentWriter(FileHandle):
 
     def close(self) -> None:
         buffer = self._buffer
-        if not buffer or buffer == self._committed or (self._appends and buffer.isspace()):
-            return  # Of nothing at all `flush` has told already.
+        if buffer == self._committed or (self._appends and buffer.isspace()):
+            return
         try:
             parse_document(buffer)
         except errors.BadDocument:
