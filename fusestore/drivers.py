@@ -15,6 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from .blobs import LayerReader
@@ -34,6 +35,8 @@ from .upper import Scheme, Upper, find_scheme
 from .writable import WritableRootfs
 
 __all__ = ["DRIVERS", "ErofsDriver", "UnionDriver", "snapshot"]
+
+T = TypeVar("T")
 
 _DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _EMPTY_LAYER = LayerIndex(LayerBuilder().finish(0))
@@ -271,17 +274,16 @@ class _DirectoryOpener:
         return Opened(Lower(()), (), self._driver.upper(root), lambda: os.close(root))
 
     def peek(self) -> Attr:
+        return self._of_root(Upper.attr)
+
+    def peek_xattrs(self) -> Xattrs:
+        return self._of_root(Upper.xattrs)
+
+    def _of_root(self, ask: Callable[[Upper, int], T]) -> T:
         """Keeps no descriptor: who lists containers sees all their directories."""
         root = os.open(self._path, _DIRECTORY_FLAGS)
         try:
-            return self._driver.upper(root).attr(root)
-        finally:
-            os.close(root)
-
-    def peek_xattrs(self) -> Xattrs:
-        root = os.open(self._path, _DIRECTORY_FLAGS)
-        try:
-            return self._driver.upper(root).xattrs(root)
+            return ask(self._driver.upper(root), root)
         finally:
             os.close(root)
 

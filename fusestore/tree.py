@@ -101,17 +101,20 @@ class Tree:
 
     def before_lead_in(self, parent_ino: int, name: bytes, pid: int) -> Maybe[None]:
         """Precedes `lead_in`: what may take long."""
-        if name == b".":  # perhaps of an inode that is not known: see `_recalled`
-            return None
-        node = self.inodes.node(parent_ino)
-        return self._containers.before_lead_in(node, name, pid) if node.branch is self._containers else None
+        node = self._leading(parent_ino, name)
+        return None if node is None else self._containers.before_lead_in(node, name, pid)
 
     def lead_in(self, parent_ino: int, name: bytes, pid: int) -> Maybe[None]:
         """Precedes a `lookup` by the thread `pid`, who should not pass before it is done, if that is soon."""
+        node = self._leading(parent_ino, name)
+        return None if node is None else self._containers.lead_in(node, name, pid)
+
+    def _leading(self, parent_ino: int, name: bytes) -> Node | None:
+        """The directory where `name` may lead into a container; None for '.': see `_recalled`."""
         if name == b".":
             return None
         node = self.inodes.node(parent_ino)
-        return self._containers.lead_in(node, name, pid) if node.branch is self._containers else None
+        return node if node.branch is self._containers else None
 
     def lookup(self, parent_ino: int, name: bytes) -> Maybe[Entry]:
         if name == b".":
