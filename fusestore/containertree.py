@@ -271,7 +271,7 @@ class ContainerTree(FixedBranch):
             return ScratchHandle(node, flags)
         raise errors.IsADirectory("is a directory")
 
-    def _open_document(self, node: DocumentNode, flags: int) -> FileHandle:
+    def _open_document(self, node: DocumentNode, flags: int, is_new: bool = False) -> FileHandle:
         container = node.container
         assert isinstance(container, ContainerDir)
         if node.data is None:
@@ -282,7 +282,12 @@ class ContainerTree(FixedBranch):
             return DocumentReader(node, node.data)
         container.renew_document()
         return DocumentWriter(
-            node, flags, node.data, lambda data: self._commit(container, data), f"container {container.id}"
+            node,
+            flags,
+            node.data,
+            lambda data: self._commit(container, data),
+            f"container {container.id}",
+            is_new,
         )
 
     def create(
@@ -294,14 +299,13 @@ class ContainerTree(FixedBranch):
         if name in PARTS:
             raise errors.Exists(f"{name!r} is part of the container")
         if name == DOCUMENT:
-            if not node.shows_document:
+            is_new = not node.shows_document
+            if is_new:
                 node.take_back()
-                # Whoever makes it starts with an empty file.
-                flags |= os.O_TRUNC
             elif flags & os.O_EXCL:
                 raise errors.Exists("metadata.json is there")
             document = node.document()
-            return document, self._open_document(document, flags)
+            return document, self._open_document(document, flags, is_new)
         file = node.scratch.get(name)
         if file is None:
             file = node.add_scratch(name, b"", mode & ~caller.umask, caller.uid, caller.gid)

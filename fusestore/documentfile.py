@@ -9,6 +9,7 @@ wrote becomes the document as a whole or not at all (design.md section 2):
 * What is still incomplete when a descriptor is closed fails there, and is kept: others may write on
   (``(echo '{'; echo '}') > metadata.json``). What is incomplete at the last close is gone, with a line in
   the log.
+* Who empties the document and writes nothing at all (``cp /dev/null metadata.json``) is told at close.
 * A writer that began with a copy of the document (no O_TRUNC, no O_APPEND) edits it in place; half-way states
   may look whole, so it commits at flush.
 
@@ -66,28 +67,36 @@ class DocumentReader(BytesHandle):
 class DocumentWriter(FileHandle):
     """An open file that can change the document."""
 
-    __slots__ = ("_appends", "_buffer", "_commit", "_committed", "_edits", "_old", "_what")
+    __slots__ = ("_appends", "_buffer", "_commit", "_committed", "_edits", "_is_emptied", "_old", "_what")
 
     direct_io = True
     keep_cache = False
 
-    def __init__(self, node: Node, flags: int, old: bytes, commit: Commit, what: str) -> None:
-        """`old` is the document now; `what` names the file in the log."""
+    def __init__(
+        self, node: Node, flags: int, old: bytes, commit: Commit, what: str, is_new: bool = False
+    ) -> None:
+        """`old` is the document now; `what` names the file in the log.
+
+        `is_new`: open(2) made the file, which begins empty; touch leaves it so.
+        """
         super().__init__(node)
         self._old = old
         self._commit = commit
         self._what = what
         self._appends = bool(flags & os.O_APPEND)
-        self._edits = not self._appends and not flags & os.O_TRUNC
+        self._edits = not self._appends and not is_new and not flags & os.O_TRUNC
         self._buffer = old if self._edits else b""
         self._committed = self._buffer
         """The buffer as the document knows it; while it is the buffer nothing is pending."""
+        self._is_emptied = bool(flags & os.O_TRUNC) and not is_new
+        """Cut to nothing, and nobody tried to write since: write(2) tells of what it refuses itself."""
 
     def read(self, offset: int, size: int) -> bytes:
         shown = self._old if self._appends and not self._buffer else self._buffer
         return shown[offset : offset + size]
 
     def write(self, offset: int, data: bytes) -> Maybe[int]:
+        self._is_emptied = False
         # What O_APPEND adds is a document of its own; the kernel's offset is that of the one it replaces.
         start = len(self._buffer) if self._appends else offset
         end = start + len(data)
@@ -124,9 +133,12 @@ class DocumentWriter(FileHandle):
         if size == 0:
             self._edits = False
             self._committed = b""
+            self._is_emptied = True
 
     def flush(self) -> Maybe[None]:
         buffer = self._buffer
+        if self._is_emptied:
+            raise errors.BadDocument("metadata.json was emptied and nothing written: the old document stays")
         if buffer == self._committed or (self._appends and buffer.isspace()):
             return None
         parse_document(buffer)

@@ -116,7 +116,7 @@ def test_incomplete_fails_at_flush_and_is_kept(store: Store, open_: Open) -> Non
     assert store.commits == [b"{}"]
 
 
-@pytest.mark.parametrize("flags", [0, os.O_TRUNC, os.O_APPEND])
+@pytest.mark.parametrize("flags", [0, os.O_APPEND])
 def test_flush_of_nothing_written_is_silent(store: Store, open_: Open, flags: int) -> None:
     handle = open_(flags)
     run(handle.flush())
@@ -192,11 +192,24 @@ def test_truncation_to_nothing_then_written_commits_in_the_write(store: Store, o
     assert store.commits == [b"{}"]
 
 
-def test_truncation_to_nothing_alone_changes_nothing(store: Store, open_: Open) -> None:
-    handle = open_(0)
-    handle.truncate(0)
+def test_emptied_and_left_so_fails_at_flush(store: Store, open_: Open) -> None:
+    emptied = open_(0)
+    emptied.truncate(0)
+    for handle in (emptied, open_(os.O_TRUNC)):
+        with pytest.raises(BadDocument):
+            run(handle.flush())
+        # Shells close a copy of the descriptor before they write.
+        run(handle.write(0, b"{}"))
+        run(handle.flush())
+    assert store.commits == [b"{}", b"{}"]
+
+
+def test_a_refused_write_is_told_once(store: Store, open_: Open) -> None:
+    handle = open_(os.O_TRUNC)
+    store.refusal = Busy("in use")
+    with pytest.raises(Busy):
+        run(handle.write(0, b"{}"))
     run(handle.flush())
-    assert store.commits == []
 
 
 def test_write_over_the_limit_fails(open_: Open) -> None:
