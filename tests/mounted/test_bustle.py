@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from rig.bustle import CONTESTED, Account, bustle, seen_by_mount, seen_by_store
-from rig.mounts import Mount, wait_until
+from rig.mounts import Mount, drop_names, wait_until
 from rig.people import as_root
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
@@ -39,10 +39,6 @@ def two_mounts(fresh: Mount, area: Path) -> Iterator[list[Mount]]:
 def _descriptors(mount: Mount) -> int:
     (pid,) = mount.pids()
     return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def _kernel_forgets() -> None:
-    Path("/proc/sys/vm/drop_caches").write_text("2")
 
 
 def _files(mount: Mount) -> list[str]:
@@ -98,7 +94,7 @@ def test_nothing_is_lost_stuck_or_left(two_mounts: list[Mount]) -> None:
 
     if expected:
         first.fusestore("rm", *sorted(expected)).ok()
-    _kernel_forgets()
+    drop_names()
     wait_until(lambda: _files(first) == files, 60)
     assert _mounts(first) == mounts
     for mount, before in zip(two_mounts, descriptors, strict=True):

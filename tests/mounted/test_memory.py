@@ -2,13 +2,12 @@
 
 import os
 import re
-import subprocess
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from rig.mounts import Mount, wait_until
+from rig.mounts import Mount, drop_names, wait_until
 from rig.randomcalls import Caller
 from rig.requirements import need
 
@@ -33,12 +32,6 @@ def _wait_until_idle(daemon: Path) -> None:
     wait_until(is_idle)
 
 
-def _drop_names() -> None:
-    """Have the kernel forget all names that nobody uses."""
-    for _ in range(3):  # those used since it last looked are kept once
-        subprocess.run(["sysctl", "-q", "vm.drop_caches=2"], check=True, timeout=60)
-
-
 def _call_often(rootfs: Path, seed: int, calls: int) -> None:
     os.chdir(rootfs)
     caller = Caller(rootfs, seed)
@@ -58,12 +51,12 @@ def test_the_kernel_forgets_exactly_what_it_was_told(fresh: Mount) -> None:
             for seed, name in enumerate("aabb")
         ]
         while not all(call.done() for call in calls):
-            _drop_names()
+            drop_names()
     for call in calls:
         call.result()
     fresh.sh("ls -lR > /dev/null; mv containers/a containers/c; rm -r containers/b;"
              "sed -i 's/{/{\"k\": 1,/' containers/c/metadata.json").ok()  # fmt: skip
-    _drop_names()
+    drop_names()
     daemon = _daemon(fresh)
     _wait_until_idle(daemon)
     fresh.umount()

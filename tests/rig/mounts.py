@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rig.people import Person, Result
 
-__all__ = ["Mount", "Place", "abort_all", "make_area", "sweep", "wait_until"]
+__all__ = ["Mount", "Place", "abort_all", "drop_names", "make_area", "sweep", "wait_until"]
 
 _AREA = "fusestore-test-"
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -231,3 +231,9 @@ def wait_until(condition: Callable[[], bool], deadline_s: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end, f"{condition} is not true after {deadline_s} s"
         time.sleep(0.01)
+
+
+def drop_names() -> None:
+    """Have the kernel forget all names and inodes that nobody uses. Root alone can."""
+    for _ in range(3):  # those used since it last looked are kept once
+        Path("/proc/sys/vm/drop_caches").write_text("2")
