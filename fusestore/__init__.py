@@ -29,6 +29,7 @@ below it (setup.cfg, checked by import-linter)::
     mounter                 the process that mounts for a daemon
     writable                changes in a rootfs: copy-up, whiteouts, renames
     rootfs                  looking and reading in a rootfs
+    openfile · objects      an open file there · its objects, those with a descriptor
     check                   verifies a store
     store                   images and containers on disk: the Python API
     importer                an image comes in, staged

@@ -14,7 +14,8 @@ from typing import Any
 from .drivers import snapshot
 from .errors import BadInput, Exists, NotFound
 from .inodes import run
-from .rootfs import Object, Rootfs
+from .objects import Object
+from .rootfs import Rootfs
 from .runtimespec import User, find_user, make_spec
 from .store import Store
 

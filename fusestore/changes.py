@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .nodes import Attr
-from .rootfs import Object, Rootfs
+from .objects import Object
+from .rootfs import Rootfs
 from .union import Resolved, Stack
 
 __all__ = ["Change", "Kind", "changes", "differences", "everything"]

@@ -27,7 +27,8 @@ from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
 from .mounts import BY_KERNEL
 from .nodes import Attr, Xattrs
-from .rootfs import Descriptors, Object, Opened, Opener, Rootfs
+from .objects import Descriptors, Object
+from .rootfs import Opened, Opener, Rootfs
 from .store import Store
 from .synthetic import SHARED_S, RootfsBranch
 from .union import LayerView, Lower

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from .changes import Change, changes, everything
 from .errors import NotFound, Stale
 from .inodes import run
-from .rootfs import Object, OpenFile, Rootfs
+from .objects import Object
+from .openfile import OpenFile
+from .rootfs import Rootfs
 from .tarwriter import Sink, TarWriter, is_storable
 
 __all__ = ["export_layer", "export_tree", "state_of"]

@@ -1,22 +1,17 @@
 """A file tree served from layers and, where there is one, an upper directory: looking and reading. Blocking.
 
-An `Object` is one file, directory … of the tree, whether it lies in a layer, in the upper or (a directory) in
-both. Its identity, and with it the inode number, is where its content lies: a reference into a layer or an
-inode of the upper; copy-up moves the object from the one to the other and keeps the number. Numbers are made
-of the place, of a copy of what it is a copy of, so that they are the same after the kernel forgot and asked
-again.
+Inode numbers are made of the place where an object lies, of a copy of what it is a copy of, so that they are
+the same after the kernel forgot and asked again.
 
-What a name leads to is always asked of `union.over`; objects hold no list of their children. An object whose
-last name is gone (an orphan) keeps its descriptor and answers until the kernel forgets it.
+What a name leads to is always asked of `union.over`. An object whose last name is gone (an orphan) keeps its
+descriptor and answers until the kernel forgets it.
 
 `fusestore.writable` adds the changes.
 """
 
 import contextlib
-import errno
 import os
 import stat
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
@@ -26,142 +21,18 @@ from .blobs import LayerReader
 from .errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
 from .inodes import FOREVER_S, Branch, Caller, Closable, FileHandle, Inodes, Maybe, Node, Steps
 from .nodes import Attr, Extent, Inode, Xattrs
+from .objects import Descriptors, Object, RootObject
+from .openfile import OpenFile
 from .quota import Quota, usage
-from .syscalls import pread_now
 from .union import Lower, Ref, Resolved, over
 from .upper import Upper
 
-__all__ = ["Descriptors", "Object", "OpenFile", "Opened", "Opener", "Rootfs"]
+__all__ = ["Opened", "Opener", "Rootfs"]
 
 _SELINUX = b"security.selinux"
 _SERIAL_LIMIT = (1 << 21) - 1
 """The bit above is of the numbers that `Inodes.number` makes up."""
 _LAYER_OF_UPPER = 511
-
-
-class Object(Node):
-    """A file, directory, link … of a rootfs."""
-
-    __slots__ = (
-        "fd",
-        "format",
-        "in_upper",
-        "is_orphan",
-        "key",
-        "links",
-        "name",
-        "other_names",
-        "parent",
-        "stack",
-        "subdirectories",
-        "version",
-    )
-
-    def __init__(
-        self, branch: "Rootfs", ino: Inode, parent: "Object | None", name: bytes, what: Resolved
-    ) -> None:
-        super().__init__(branch, ino)
-        self.parent = parent
-        self.name = name
-        """Together with `parent` a name that leads here, unless `is_orphan` or the descriptor is pinned."""
-        self.other_names: dict[tuple[Object, bytes], None] | None = None
-        """Of a non-directory with hard links: what else it was met under, and perhaps no longer is."""
-        self.links = -1
-        """How many names a lower non-directory has; -1 when they were not counted yet."""
-        self.key = what.key
-        self.format = what.format
-        self.stack = what.stack
-        self.in_upper = isinstance(what.key, int)
-        self.fd = -1
-        """O_PATH descriptor of an upper object, or -1: then `Rootfs.descriptor` opens it."""
-        self.is_orphan = False
-        self.version = 0
-        """Of a directory: counts its changes."""
-        self.subdirectories = -1
-        """How many a merged directory has; -1 when they were not counted yet."""
-
-    def settle(self, places: Sequence[tuple["Object", bytes]]) -> None:
-        """The object is known by these names and no others."""
-        self.parent, self.name = places[0] if places else (None, b"")
-        self.other_names = dict.fromkeys(places[1:]) or None
-
-    def meet(self, directory: "Object", name: bytes) -> None:
-        """The object was found as `name`."""
-        if self.parent is directory and self.name == name:
-            return
-        if self.format != stat.S_IFDIR and self.parent is not None:
-            if self.other_names is None:
-                self.other_names = {}
-            if (directory, name) in self.other_names:
-                del self.other_names[directory, name]
-            else:
-                self.links = -1
-            self.other_names[self.parent, self.name] = None
-        self.parent, self.name = directory, name
-
-    def lose(self, directory: "Object", name: bytes) -> None:
-        """The object is `name` no more; it is known by the name it was met under before, if any."""
-        if self.other_names is not None:
-            self.other_names.pop((directory, name), None)
-        if self.parent is directory and self.name == name:
-            self.parent, self.name = self.other_names.popitem()[0] if self.other_names else (None, b"")
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-class Descriptors:
-    """The objects with an open descriptor that can be opened again, the least recently used first."""
-
-    def __init__(self, capacity: int) -> None:
-        """`capacity`: at least 16, of which one operation may use half a dozen at a time."""
-        self._capacity = capacity
-        self._open: OrderedDict[Object, None] = OrderedDict()
-        self._trees: OrderedDict[Rootfs, None] = OrderedDict()
-
-    def entered(self, tree: "Rootfs") -> None:
-        """`tree` holds a descriptor of its root now. Beyond half the capacity those give it up that can."""
-        self._trees[tree] = None
-        for _ in range(8):
-            if len(self._trees) <= self._capacity // 2:
-                break
-            oldest = next(iter(self._trees))
-            if oldest is tree or not oldest.give_up():
-                self._trees.move_to_end(oldest)
-
-    def left(self, tree: "Rootfs") -> None:
-        """`tree` holds none any more."""
-        self._trees.pop(tree, None)
-
-    def used(self, thing: Object) -> None:
-        """`thing` has a descriptor and it was just used; the one not used for longest may be closed."""
-        self._open[thing] = None
-        self._open.move_to_end(thing)
-        self._close_oldest()
-
-    def opened(self, chain: Sequence[Object]) -> None:
-        """Each of `chain` was just opened, in the one before it.
-
-        However long it is, the descriptors that the operation under way asked for before stay open.
-        """
-        near = max(1, self._capacity // 8)
-        for thing in chain[-near:]:
-            self._open[thing] = None
-        for thing in chain[:-near]:
-            self._open[thing] = None
-            self._open.move_to_end(thing, last=False)
-        self._close_oldest()
-
-    def _close_oldest(self) -> None:
-        while len(self._open) > self._capacity:
-            oldest, _ = self._open.popitem(last=False)
-            os.close(oldest.fd)
-            oldest.fd = -1
-
-    def discard(self, thing: Object) -> None:
-        """The descriptor of `thing` must stay open, or is closed by whoever calls."""
-        self._open.pop(thing, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,128 +62,6 @@ class Opener(Protocol):
 
     def hold(self) -> Closable:
         """Keep the container from being deleted while something is open in it. Quick. Raises Locked."""
-
-
-class OpenFile(FileHandle):
-    """An open regular file. One opened in a layer follows its object when that is copied up."""
-
-    __slots__ = ("_extents", "_fd", "_reader", "_size", "branch", "node")
-
-    def __init__(self, branch: "Rootfs", node: Object, fd: int) -> None:
-        self.branch = branch
-        self.node: Object = node
-        self._fd = fd
-        if fd < 0:
-            self._reader, self._extents, self._size = branch.content(node)
-
-    def read(self, offset: int, size: int) -> Maybe[bytes]:
-        if self._fd < 0 and self.node.in_upper:
-            self._fd = self.branch.reopen(self.node, os.O_RDONLY)
-        if self._fd >= 0:
-            data = pread_now(self._fd, size, offset)
-            return self._read_upper(offset, size) if data is None else data
-        size = min(size, self._size - offset)
-        if size <= 0:
-            return b""
-        extents = self._extents
-        if len(extents) == 1 and extents[0].length == self._size:
-            source = extents[0].source + offset
-            data = self._reader.read_now(source, size)
-            return self._read_decoded(source, size) if data is None else data
-        return self._read_sparse(offset, size)
-
-    def _read_upper(self, offset: int, size: int) -> Steps[bytes]:
-        data: bytes = yield lambda: os.pread(self._fd, size, offset)
-        return data
-
-    def _read_decoded(self, source: int, size: int) -> Steps[bytes]:
-        data: bytes = yield lambda: self._reader.read(source, size)
-        return data
-
-    def _read_sparse(self, offset: int, size: int) -> Steps[bytes]:
-        data: bytes = yield lambda: read_extents(self._reader, self._extents, offset, size)
-        return data
-
-    def runs(self, size: int) -> Iterator[tuple[int, int]]:
-        """(offset, length) of each run of data in the first `size` bytes, ascending: all else is holes."""
-        if self._fd < 0:
-            yield from ((extent.offset, extent.length) for extent in self._extents)
-            return
-        end = 0
-        while end < size:
-            try:
-                start = os.lseek(self._fd, end, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # lseek(2): no data from there on
-                    return
-                raise
-            end = min(os.lseek(self._fd, start, os.SEEK_HOLE), size)
-            if start < end:
-                yield start, end - start
-
-    def write(self, offset: int, data: bytes) -> Maybe[int]:
-        return self._write_counted(offset, data) if self.branch.must_count else self._write(offset, data)
-
-    def _write_counted(self, offset: int, data: bytes) -> Steps[int]:
-        yield from self.branch.prepare()
-        return self._write(offset, data)
-
-    def _write(self, offset: int, data: bytes) -> int:
-        """Leaves mtime: with the writeback cache the kernel says what it is, by setattr (fuse-io.rst).
-
-        It may say nothing, for a file younger than its clock's tick: then that time stays.
-        """
-        before = os.fstat(self._fd)
-        quota = self.branch.quota
-        if quota is not None:
-            quota.require_write(before, offset, len(data))
-        written = os.pwrite(self._fd, data, offset)
-        os.utime(self._fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-        if quota is not None:
-            quota.changed(before, os.fstat(self._fd))
-        return written
-
-    def truncate(self, size: int) -> None:
-        with self.branch.charged(self._fd):
-            os.ftruncate(self._fd, size)
-
-    def fsync(self, datasync: bool) -> Maybe[None]:
-        if self._fd < 0 and self.node.in_upper:
-            self._fd = self.branch.reopen(self.node, os.O_RDONLY)
-        return self._sync(os.fdatasync if datasync else os.fsync) if self._fd >= 0 else None
-
-    def _sync(self, sync: Callable[[int], None]) -> Steps[None]:
-        yield lambda: sync(self._fd)
-
-    def close(self) -> None:
-        try:
-            if self._fd >= 0:
-                self._close()
-        finally:
-            self.branch.end_use()
-
-    def _close(self) -> None:
-        """XFS takes more for a file that grows than is written, and gives it back when it is closed."""
-        with contextlib.ExitStack() as stack:
-            try:
-                if self.branch.quota is not None:
-                    same = os.open(f"/proc/self/fd/{self._fd}", os.O_PATH | os.O_CLOEXEC)
-                    stack.callback(os.close, same)
-                    stack.enter_context(self.branch.charged(same))
-            finally:
-                os.close(self._fd)
-
-
-def read_extents(reader: LayerReader, extents: Sequence[Extent], offset: int, size: int) -> bytes:
-    """`size` bytes at `offset` of a sparse file that reaches that far. Blocking."""
-    result = bytearray(size)
-    for extent in extents:
-        start = max(offset, extent.offset)
-        end = min(offset + size, extent.offset + extent.length)
-        if start < end:
-            data = reader.read(extent.source + start - extent.offset, end - start)
-            result[start - offset : end - offset] = data
-    return bytes(result)
 
 
 _NO_OBJECTS: WeakValueDictionary[Ref | int, Object] = WeakValueDictionary()
@@ -377,7 +126,7 @@ class Rootfs(Branch):
         self._objects = _NO_OBJECTS
         self._moved = _NONE_MOVED
         """Where directories of the image are that were renamed, by their path in the image."""
-        self.root = RootObject(self, inodes.number(), None, b"", Resolved(-1, (), stat.S_IFDIR))
+        self.root = RootObject(self, inodes.number(), self.object_type.attr_timeout_s)
 
     # Life
 
@@ -850,22 +599,6 @@ class Rootfs(Branch):
             thing = thing.parent
         if thing is not self.root:
             raise Stale("the file is gone, or another mount has moved it")
-
-
-class RootObject(Object):
-    """The root of a rootfs. Until that is opened its attributes are a guess the kernel must not keep.
-
-    Its descriptor belongs to what `Opener.open` gave.
-    """
-
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        pass
-
-    @property
-    def attr_timeout_s(self) -> float:  # type: ignore[override]
-        return cast(Rootfs, self.branch).object_type.attr_timeout_s if self.branch.ready else 0.0
 
 
 def _object(node: Node) -> Object:

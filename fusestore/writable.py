@@ -38,7 +38,9 @@ from .errors import (
 )
 from .inodes import Caller, Changes, FileHandle, Maybe, Node, Steps
 from .nodes import WHITEOUT_RDEV, Attr, Extent, Xattrs
-from .rootfs import Object, OpenFile, Rootfs
+from .objects import Object
+from .openfile import OpenFile
+from .rootfs import Rootfs
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, groups_of
 from .upper import Birth, Scheme, Upper
 

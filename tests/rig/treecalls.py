@@ -27,8 +27,9 @@ from rig.snapshot import TYPES, Entry, Snapshot, snapshot
 from fusestore.errors import FusestoreError, errno_of
 from fusestore.inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, run
 from fusestore.nodes import Attr, Inode, Xattrs
+from fusestore.objects import Descriptors
 from fusestore.quota import usage
-from fusestore.rootfs import Descriptors, Opened
+from fusestore.rootfs import Opened
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 from fusestore.union import Lower
 from fusestore.upper import Scheme, Upper

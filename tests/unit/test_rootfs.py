@@ -18,7 +18,8 @@ from fusestore.inodes import Branch, Changes, Inodes, Node, run
 from fusestore.layer import LayerBuilder
 from fusestore.layerindex import LayerIndex
 from fusestore.nodes import Attr, Extent, Inode, TarEntry, Xattrs
-from fusestore.rootfs import Descriptors, Opened, Rootfs
+from fusestore.objects import Descriptors
+from fusestore.rootfs import Opened, Rootfs
 from fusestore.union import Lower, Ref
 from fusestore.upper import Scheme
 

@@ -12,7 +12,8 @@ from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
 from fusestore.errors import NotFound
 from fusestore.inodes import Caller, Changes, run
-from fusestore.rootfs import Object, Rootfs
+from fusestore.objects import Object
+from fusestore.rootfs import Rootfs
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusestore.union import Resolved
 from fusestore.upper import Scheme, Upper
