@@ -22,7 +22,7 @@ from . import daemon
 from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout
 from .meter import prometheus
-from .mountpoint import check_mountpoint, check_not_within, unmount
+from .mountpoint import MountOptions, check_mountpoint, check_not_within, unmount
 from .options import (
     Places,
     cache_size_option,
@@ -54,10 +54,17 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_HELPER_OPTIONS = {"allow_other": False, "driver": True, "cache_size": True, "run_dir": True}
+_HELPER_OPTIONS = {
+    "allow_other": False,
+    "allow_dev": False,
+    "allow_suid": False,
+    "driver": True,
+    "cache_size": True,
+    "run_dir": True,
+}
 """After mount(8)'s -o: whether there is a value."""
 _ALWAYS_SO = frozenset(["", "rw", "suid", "nosuid", "dev", "nodev", "exec"])
-"""What mount(8) adds: mounts are writable, and nosuid and nodev whatever it says."""
+"""What mount(8) adds: mounts are writable; nosuid and nodev unless `_HELPER_OPTIONS` say otherwise."""
 _DAY_S = 24 * 60 * 60
 
 
@@ -211,6 +218,8 @@ def _options_of(plain_http: bool, authfile: str | None) -> "RegistryOptions":
 @click.option("--driver", type=click.Choice(["auto", "union", "erofs"]), default="auto", show_default=True,
               help="How rootfs is served; auto takes the fastest that works.")  # fmt: skip
 @click.option("--allow-other", is_flag=True, help="Let users other than you in.")
+@click.option("--allow-dev", is_flag=True, help="Let device nodes of images and containers act (root).")
+@click.option("--allow-suid", is_flag=True, help="Let their set-user-ID bits and capabilities act (root).")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted; log to standard error.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
               help="json: an object on each line.")  # fmt: skip
@@ -221,6 +230,8 @@ def _mount(
     mountpoint: str,
     driver: str,
     allow_other: bool,
+    allow_dev: bool,
+    allow_suid: bool,
     foreground: bool,
     log_format: str,
     cache_size: int | None,
@@ -231,7 +242,8 @@ def _mount(
     """
     mountpoint = directory_of("MOUNTPOINT", mountpoint)
     check_mountpoint(mountpoint, store=places.store, run_dir=places.run_dir)
-    daemon.check_permission(allow_other=allow_other)
+    options = MountOptions(allow_other, allow_dev, allow_suid)
+    daemon.check_permission(options)
 
     def serve(ready: Callable[[], None]) -> None:
         from . import mount
@@ -240,9 +252,7 @@ def _mount(
             log = None if foreground else RunLayout(store.run_path).mount_log(os.fsencode(mountpoint))
             check_not_within(store, mountpoint, places.run_dir)
             reopen_log = daemon.log_to(log, as_json=log_format == "json")
-            mount.run(
-                store, mountpoint, driver=driver, allow_other=allow_other, ready=ready, reopen_log=reopen_log
-            )
+            mount.run(store, mountpoint, driver=driver, options=options, ready=ready, reopen_log=reopen_log)
 
     if foreground:
         serve(lambda: None)

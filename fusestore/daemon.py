@@ -19,6 +19,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from .errors import AccessDenied, FusestoreError, StoreUnusable
+from .mountpoint import MountOptions
 
 __all__ = ["check_permission", "describe", "detach", "log_to"]
 
@@ -48,7 +49,7 @@ _ADVICE = {
 }
 
 
-def check_permission(*, allow_other: bool) -> None:
+def check_permission(options: MountOptions) -> None:
     """Raises AccessDenied, saying what root has to do, where this user may not mount with FUSE."""
     if not os.path.exists(_FUSE_DEVICE):
         raise StoreUnusable(f"{_FUSE_DEVICE} is missing: modprobe fuse, or give the container this device")
@@ -60,7 +61,9 @@ def check_permission(*, allow_other: bool) -> None:
         return
     if shutil.which("fusermount3") is None:
         raise StoreUnusable("fusermount3 is missing: apt-get install fuse3")
-    if allow_other and not _conf_allows_other():
+    if options.allow_dev or options.allow_suid:
+        raise AccessDenied("--allow-dev and --allow-suid are for root's mounts")
+    if options.allow_other and not _conf_allows_other():
         raise AccessDenied(
             f"--allow-other is root's to permit: put user_allow_other on a line of its own into {_FUSE_CONF}"
         )

@@ -25,7 +25,7 @@ from .drivers import DRIVERS, ErofsDriver, UnionDriver
 from .errors import BadInput, Busy, FusestoreError, NotPermitted
 from .fuse import Filesystem
 from .inodes import Inodes
-from .mountpoint import attach, detach, device_at
+from .mountpoint import MountOptions, attach, detach, device_at
 from .mounts import BELL_MAX, HOW_ARE_YOU, IDLE, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
@@ -118,7 +118,7 @@ def run(
     mountpoint: str,
     *,
     driver: str,
-    allow_other: bool,
+    options: MountOptions,
     ready: Callable[[], None],
     reopen_log: Callable[[], None] | None,
 ) -> None:
@@ -138,7 +138,6 @@ def run(
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     mountpoint = os.path.realpath(mountpoint)
-    options = _options(allow_other)
     with contextlib.ExitStack() as stack:
         trash = _Trash(store)
         store.leave_trash()
@@ -149,7 +148,7 @@ def run(
             return made
 
         tree = Tree(store, make_driver, Owner(os.geteuid(), os.getegid()), trash.wake)
-        filesystem = Filesystem(tree, enable_acl="default_permissions" in options)
+        filesystem = Filesystem(tree, enable_acl="default_permissions" in options.words)
         stack.callback(setattr, pyfuse3, "trio", trio)
         setattr(pyfuse3, "trio", _stand_in(filesystem))  # noqa: B010 - not in its type stubs
         disk = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -180,7 +179,7 @@ def _require_alone(store: Store, record: MountRecord) -> None:
             )
 
 
-def _init(filesystem: Filesystem, source: str, mountpoint: str, options: set[str]) -> int:
+def _init(filesystem: Filesystem, source: str, mountpoint: str, options: MountOptions) -> int:
     """Mounts. The device of root's mount, which libfuse did not make, and -1 for others.
 
     libfuse and fusermount3 say on standard error why they cannot: that goes into the exception.
@@ -194,7 +193,7 @@ def _init(filesystem: Filesystem, source: str, mountpoint: str, options: set[str
     os.dup2(said, 2)
     try:
         escaped = source.replace("\\", r"\\").replace(",", r"\,")
-        pyfuse3.init(filesystem, mountpoint, {f"fsname={escaped}", "subtype=fusestore", *options})
+        pyfuse3.init(filesystem, mountpoint, {f"fsname={escaped}", "subtype=fusestore", *options.words})
         return -1
     except RuntimeError as error:
         reasons = os.pread(said, 1 << 12, 0).decode(errors="replace").strip().splitlines() or [str(error)]
@@ -224,17 +223,6 @@ def _sync(disk: int) -> None:
         syncfs(disk)
     except OSError as error:
         _log.error("the disk did not take all that was written: %s", error.strerror)
-
-
-def _options(allow_other: bool) -> set[str]:
-    """Mount options (mount.fuse3(8)).
-
-    Who may do what is checked by the kernel, from the modes shown, as soon as others than the mounting user
-    can come. A plain user's own mount is not checked: alone in it, they are to its files what root is.
-    """
-    if allow_other:
-        return {"allow_other", "default_permissions"}
-    return {"default_permissions"} if os.geteuid() == 0 else set()
 
 
 class _Trash:

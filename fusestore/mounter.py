@@ -210,7 +210,11 @@ class _Worker:
             lower = self._take(image, tars)
             stack.callback(self._drop, image)
             given = [(b"lowerdir+", b"/proc/self/fd/%d" % lower), *options]
-            overlay = make_mount(b"overlay", given, MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID)
+            # Device nodes and set-user-ID bits act there as they do in the mount around it.
+            shut = os.fstatvfs(directory).f_flag
+            attributes = MOUNT_ATTR_NODEV if shut & os.ST_NODEV else 0
+            attributes |= MOUNT_ATTR_NOSUID if shut & os.ST_NOSUID else 0
+            overlay = make_mount(b"overlay", given, attributes)
             stack.callback(os.close, overlay)
             move_mount(overlay, directory)
             number = mount_number(overlay)

@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
@@ -24,7 +25,7 @@ from .mounts import BY_KERNEL
 from .store import Store
 from .syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_POSIXACL, mount, syncfs, umount2
 
-__all__ = ["attach", "check_mountpoint", "check_not_within", "detach", "device_at", "unmount"]
+__all__ = ["MountOptions", "attach", "check_mountpoint", "check_not_within", "detach", "device_at", "unmount"]
 
 _OURS = "fuse.fusestore"
 _UNMOUNT_TIMEOUT_S = 30.0
@@ -34,6 +35,27 @@ _COMMAND_MAX = 80
 _POLL_S = 0.01
 _PATIENCE_S = 5.0
 """How long a mount is busy with what was unmounted inside it, whose files the kernel closes afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What a mount allows: others than its user; in root's, device nodes and set-user-ID bits that act."""
+
+    allow_other: bool = False
+    allow_dev: bool = False
+    allow_suid: bool = False
+
+    @property
+    def words(self) -> set[str]:
+        """Those of mount.fuse3(8) that the kernel knows.
+
+        Who may do what is checked by the kernel, from the modes shown, as soon as others than the mounting
+        user can come. A plain user's own mount is not checked: alone in it, they are to its files what root
+        is.
+        """
+        if self.allow_other:
+            return {"allow_other", "default_permissions"}
+        return {"default_permissions"} if os.geteuid() == 0 else set()
 
 
 def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
@@ -168,8 +190,9 @@ def _clear_dead(mountpoint: str) -> bool:
     return False
 
 
-def attach(source: str, real: str, options: set[str]) -> int:
-    """Root's mount: its device, the caller's to close. `options` of mount.fuse3(8) that the kernel knows.
+def attach(source: str, real: str, options: MountOptions) -> int:
+    """Root's mount: its device, the caller's to close.
+
     `source` is what mount(8) lists, and by which it knows what in fstab is mounted already.
 
     libfuse would do it but for MS_POSIXACL: without that the kernel takes the umask off every mode before it
@@ -180,10 +203,12 @@ def attach(source: str, real: str, options: set[str]) -> int:
     except OSError as error:
         raise FusestoreError(f"/dev/fuse: {error.strerror}: modprobe fuse") from None
     given = f"fd={device},rootmode={stat.S_IFDIR:o},user_id=0,group_id={os.getegid()}"
-    flags = MS_NOSUID | MS_NODEV | MS_POSIXACL
+    flags = MS_POSIXACL
+    flags |= 0 if options.allow_suid else MS_NOSUID
+    flags |= 0 if options.allow_dev else MS_NODEV
     try:
         words = os.fsencode(source), os.fsencode(real), _OURS.encode()
-        mount(*words, flags, ",".join([given, *options]).encode())
+        mount(*words, flags, ",".join([given, *options.words]).encode())
     except OSError as error:
         os.close(device)
         raise FusestoreError(

@@ -4,7 +4,7 @@ It is what `runc spec` writes, filled in from the image's config as the image-sp
 with the capabilities that podman gives, without which no package manager works, and a rootfs to write to. A
 plain user's is that of `runc spec --rootless`: a user namespace in which only they are mapped, as root.
 
-/dev is a tmpfs: the mounts of fusestore are nodev.
+/dev is a tmpfs: the mounts of fusestore are mostly nodev.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -385,6 +385,34 @@ def test_allow_other_lets_others_in(unmounted: Mount) -> None:
     assert others.stdout == b"busybox\n"
 
 
+@as_root
+@pytest.mark.parametrize("driver", ["union", "erofs"])
+def test_devices_and_set_user_id_bits_act_where_asked_for(unmounted: Mount, driver: str) -> None:
+    script = """
+        cd $1; shift; fusestore mount --driver $2 --allow-other $1 mnt; cd mnt
+        [ -d containers/c ] || mkdir containers/c
+        cd containers/c/rootfs; chmod 755 .
+        [ -e zero ] || { mknod -m 666 zero c 1 5; cp /usr/bin/id .; chmod 4755 id; }
+        head -c 1 zero | od -An -tx1; setpriv --reuid 65534 --clear-groups ./id -u
+        cd ../../../..; fusestore umount mnt
+    """
+
+    def act(*options: str) -> str:
+        words = ("bash", "-c", script, "bash", unmounted.base, " ".join(options), driver)
+        return unmounted.person.run(*words, env=unmounted.environment).out
+
+    assert act() == "65534\n"
+    assert act("--allow-dev") == " 00\n65534\n"
+    assert act("--allow-suid") == "0\n"
+
+
+@as_user
+@pytest.mark.parametrize("option", ["--allow-dev", "--allow-suid"])
+def test_only_root_can_let_devices_and_set_user_id_bits_act(unmounted: Mount, option: str) -> None:
+    result = unmounted.fusestore("mount", option, unmounted.mountpoint)
+    assert (result.code, "are for root's mounts" in result.err) == (1, True)
+
+
 def test_foreground_logs_to_standard_error(unmounted: Mount) -> None:
     script = """
         cd $1; fusestore mount --foreground mnt 2> log &

@@ -208,7 +208,7 @@ def test_the_capabilities_of_the_image_are_seen(mounted: Mount, debian: str) -> 
 
 
 def test_device_nodes_and_setuid_do_not_act(mounted: Mount) -> None:
-    """They are kept and shown; who runs what an image brings decides about them (mount -i -o remount,dev)."""
+    """They are kept and shown; root's mount has them act where asked for (test_command.py)."""
     options = mounted.sh("findmnt -n -o VFS-OPTIONS -T .").ok().split(",")
     assert {"nosuid", "nodev"} <= set(map(str.strip, options))
 

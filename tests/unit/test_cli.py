@@ -21,7 +21,7 @@ from rig.tinyimages import make_layout
 
 from fusestore import cli, daemon, mountpoint
 from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
-from fusestore.mountpoint import check_mountpoint, detach
+from fusestore.mountpoint import MountOptions, check_mountpoint, detach
 from fusestore.options import size_of
 from fusestore.store import Store
 from fusestore.terminal import local_time, printable
@@ -561,7 +561,7 @@ def test_a_closed_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     (tmp_path / "fuse").touch()
     with pytest.raises(AccessDenied, match="chmod 0666"):
-        daemon.check_permission(allow_other=False)
+        daemon.check_permission(MountOptions())
 
 
 def test_a_plain_user_without_fusermount3_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -569,7 +569,7 @@ def test_a_plain_user_without_fusermount3_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FusestoreError, match="apt-get install fuse3"):
-        daemon.check_permission(allow_other=False)
+        daemon.check_permission(MountOptions())
     with pytest.raises(FusestoreError, match="apt-get install fuse3"):
         detach("/nowhere")
 
@@ -616,7 +616,7 @@ def test_umount_does_not_return_while_the_process_runs(
 def test_a_missing_fuse_device_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_FUSE_DEVICE", str(tmp_path / "fuse"))
     with pytest.raises(FusestoreError, match="modprobe fuse"):
-        daemon.check_permission(allow_other=False)
+        daemon.check_permission(MountOptions())
 
 
 @pytest.mark.parametrize(
@@ -691,8 +691,18 @@ def test_df_says_what_there_is_of_what(run: Run, stored: str) -> None:
         (("/s", "/m", "-o", "rw,nosuid,nodev"), ["mount", "--store", "/s", "--", "/m"]),
         (("/s", "/m"), ["mount", "--store", "/s", "--", "/m"]),
         (
-            ("/s", "/m", "-o", "allow_other,driver=union,run_dir=/r"),
-            ["mount", "--store", "/s", "--allow-other", "--driver=union", "--run-dir=/r", "--", "/m"],
+            ("/s", "/m", "-o", "allow_other,allow_suid,driver=union,run_dir=/r"),
+            [
+                "mount",
+                "--store",
+                "/s",
+                "--allow-other",
+                "--allow-suid",
+                "--driver=union",
+                "--run-dir=/r",
+                "--",
+                "/m",
+            ],
         ),
         (("/s", "-m", "-o", "cache_size=1G"), ["mount", "--store", "/s", "--cache-size=1G", "--", "-m"]),
     ],
