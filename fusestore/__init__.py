@@ -40,7 +40,7 @@ below it (setup.cfg, checked by import-linter)::
     sources                 what an import reads                 registry    one repository of a registry
                                                                  transport   requests: TLS, rights, retries
                                                                  credentials from podman's and docker's files
-                                                                 reference   docker-like names
+    sourcefiles             their files: directory, tar          reference   docker-like names
     upper                   one container's diff/          blobs         a layer's bytes: ingest, LayerReader
     union                   layers + upper → names         spancache     what was decompressed, on disk
     streams, seek           compressed streams and the points where reading can start

@@ -22,7 +22,8 @@ from .importer import Progress
 from .nodes import Digest
 from .reference import Reference, parse_reference
 from .registry import Registry
-from .sources import Reader, Source, open_image
+from .sourcefiles import Reader
+from .sources import Source, open_image
 from .store import Store
 from .transport import Patience, Upload
 
