@@ -42,6 +42,7 @@ below it (setup.cfg, checked by import-linter)::
                                                                  credentials from podman's and docker's files
     sourcefiles             their files: directory, tar          reference   docker-like names
     upper                   one container's diff/          blobs         a layer's bytes: ingest, LayerReader
+    scheme                  what an upper's xattrs mean
     union                   layers + upper → names         spancache     what was decompressed, on disk
     streams, seek           compressed streams and the points where reading can start
     layer                   tar entries → a layer's index

@@ -31,9 +31,9 @@ from .layout import Layout
 from .metadataimage import write_metadata_image
 from .names import parse_container_id, parse_digest
 from .nodes import Digest
+from .scheme import RECORD, Scheme, bad_records
 from .seek import SeekTable
 from .store import Store
-from .upper import RECORD, Scheme, bad_records
 
 __all__ = ["Cure", "Finding", "check", "examine"]
 

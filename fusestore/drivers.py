@@ -29,10 +29,11 @@ from .mounts import BY_KERNEL
 from .nodes import Attr, Xattrs
 from .objects import Descriptors, Object
 from .rootfs import Opened, Opener, Rootfs
+from .scheme import Scheme, find_scheme
 from .store import Store
 from .synthetic import SHARED_S, RootfsBranch
 from .union import LayerView, Lower
-from .upper import Scheme, Upper, find_scheme
+from .upper import Upper
 from .writable import WritableRootfs
 
 __all__ = ["DRIVERS", "ErofsDriver", "UnionDriver", "snapshot"]

@@ -24,8 +24,8 @@ from .errors import BadInput, Busy, StoreError
 from .images import INDEX_MAX, Images
 from .layerfiles import LayerRef
 from .layout import OCI_LAYOUT_VERSION, Layout, RunLayout
+from .scheme import RECORD
 from .store import Store
-from .upper import RECORD
 
 __all__ = ["repair"]
 

@@ -5,69 +5,38 @@ path is ever built, so depth and renames do not matter, and no symbolic link is 
 with an O_PATH descriptor goes through /proc/self/fd, which leads to the object itself, a link too.
 
 The format (fs/overlayfs/, overlayfs.rst): a whiteout is a character device 0:0; an opaque directory has the
-xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``; xattrs of the user's that begin so
-are stored with it twice ("escaped"). Besides, which the kernel does not mind, the root has
-``…overlay.fusestore.moved`` = "y" as soon as fusestore has renamed a directory of the image, and a copy has
-``…overlay.fusestore.origin`` = "layer:inode there" of what it is a copy of. Two schemes:
-
-* NATIVE, where the process that mounted the store first may chown, mknod and set trusted.*: the prefix is
-  ``trusted.overlay.``.
-* PLAIN, for everybody else: ``user.overlay.`` (what the kernel reads with userxattr). Owner, mode, type and
-  device number, where the file cannot have them, are in the xattr ``user.fusestore.stat``, the file itself
-  keeping what its owner needs to work with it; other xattrs that may not be set have the prefix
-  ``user.fusestore.xattr.``, ACLs among them. Symbolic links, FIFOs and sockets cannot carry user.* xattrs:
-  there owners are the process's own, and changing them is refused.
+xattr ``…overlay.opaque`` = "y", a renamed one ``…overlay.redirect``. Besides, which the kernel does not
+mind, the root has ``…overlay.fusestore.moved`` = "y" as soon as fusestore has renamed a directory of the
+image, and a copy has ``…overlay.fusestore.origin`` = "layer:inode there" of what it is a copy of. What the
+xattrs are called in full, and where owners and modes are, `fusestore.scheme` says.
 
 What must appear whole is made in the scratch directory and renamed into place.
 """
 
 import contextlib
-import enum
 import errno
 import itertools
 import os
-import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from . import acl
-from .errors import NoAttribute, NotPermitted, NotSupported, StoreDamaged
+from .errors import NoAttribute, NotPermitted, NotSupported
 from .nodes import WHITEOUT_RDEV, Attr, Xattrs
+from .scheme import PLAIN_ACCESS, RECORD, Scheme, get_xattr, is_own, proc_path, recorded
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 from .union import Ref, UpperEntry
-from .walk import DIRECTORY, walk
 
-__all__ = ["RECORD", "Birth", "Found", "Scheme", "Upper", "bad_records", "find_scheme"]
+__all__ = ["Birth", "Found", "Upper"]
 
-RECORD = b"user.fusestore.stat"
-"""PLAIN: octal mode, uid, gid and device number, where the file cannot have them."""
-
-_FOREIGN = b"user.fusestore.xattr."
-_OWN = b"user.fusestore."
 _MOVED = b"fusestore.moved"
 _ORIGIN = b"fusestore.origin"
-_PLAIN_ACCESS = _FOREIGN + acl.ACCESS
 _PERMISSIONS = 0o7777
-_RECORD = re.compile(rb"([0-7]{1,7}):([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,20})")
-_KEPT_AS_FILES = (stat.S_IFREG, stat.S_IFCHR, stat.S_IFBLK)
-_ID_MAX = (1 << 32) - 1
 _PATH_MAX = 4096
 """Bytes of a path that the kernel takes, with its NUL (limits.h)."""
 _serial = itertools.count()
 """Names in the scratch directory, which is this process's alone."""
-
-
-class Scheme(enum.Enum):
-    """How an upper directory says what its file system may not let this process say."""
-
-    NATIVE = b"trusted.overlay."
-    PLAIN = b"user.overlay."
-
-    @property
-    def word(self) -> str:
-        """What the store's file scheme says (layout.py)."""
-        return self.name.lower()
 
 
 class Found(NamedTuple):
@@ -93,35 +62,11 @@ class Birth(NamedTuple):
 
 _WHITEOUT_ENTRY = UpperEntry(is_whiteout=True)
 _PLAIN_ENTRY = UpperEntry()
-_OTHER_OWNER = 65534
-"""Any owner that is not the process's own will do to try out chown."""
 
 
 def _temporary() -> bytes:
     """A name that is free in the scratch directory."""
     return b"%x" % next(_serial)
-
-
-def find_scheme(scratch: int) -> Scheme:
-    """Try in the directory `scratch` what the native scheme needs."""
-    name, device = _temporary(), _temporary()
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=scratch)
-    try:
-        os.fchown(fd, _OTHER_OWNER, _OTHER_OWNER)
-        os.setxattr(fd, Scheme.NATIVE.value + b"opaque", b"n")
-        os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3), dir_fd=scratch)
-        os.unlink(device, dir_fd=scratch)
-    except OSError:
-        return Scheme.PLAIN
-    finally:
-        os.close(fd)
-        os.unlink(name, dir_fd=scratch)
-    return Scheme.NATIVE
-
-
-def _proc(fd: int) -> bytes:
-    """A path that leads to what `fd` stands for, itself not followed when it is a symbolic link."""
-    return b"/proc/self/fd/%d" % fd
 
 
 class Upper:
@@ -134,8 +79,8 @@ class Upper:
         self.root = root
         self.scheme = scheme
         self._scratch = scratch
-        self._prefix = scheme.value
-        self._is_plain = scheme is Scheme.PLAIN
+        self._prefix = scheme.prefix
+        self._is_plain = scheme.is_plain
         self._whiteout: bytes | None = None
 
     # Looking
@@ -149,19 +94,19 @@ class Upper:
         mode = status.st_mode
         if stat.S_ISCHR(mode) and status.st_rdev == WHITEOUT_RDEV:
             return Found(_WHITEOUT_ENTRY, status.st_ino, stat.S_IFCHR)
-        path = b"%b/%b" % (_proc(directory), name)
+        path = b"%b/%b" % (proc_path(directory), name)
         if stat.S_ISDIR(mode):
-            opaque = _getxattr(path, self._prefix + b"opaque") == b"y"
-            redirect = _getxattr(path, self._prefix + b"redirect")
+            opaque = get_xattr(path, self._prefix + b"opaque") == b"y"
+            redirect = get_xattr(path, self._prefix + b"redirect")
             entry = UpperEntry(is_directory=True, is_opaque=opaque, redirect=redirect)
             return Found(entry, status.st_ino, stat.S_IFDIR)
         if self._is_plain and stat.S_ISREG(mode):
-            mode = self._recorded(path, status)[0]
+            mode = recorded(path, status)[0]
         return Found(_PLAIN_ENTRY, status.st_ino, stat.S_IFMT(mode))
 
     def listing(self, directory: int) -> list[tuple[bytes, Found]]:
         """All entries, whiteouts included, in the order of the file system below."""
-        with os.scandir(_proc(directory)) as entries:
+        with os.scandir(proc_path(directory)) as entries:
             names = [(entry.name, entry) for entry in entries]
         found = []
         for name, entry in names:
@@ -179,7 +124,7 @@ class Upper:
 
     def reopen(self, fd: int, flags: int) -> int:
         """A descriptor for reading or writing the regular file `fd`, the caller's to close."""
-        return os.open(_proc(fd), flags | os.O_CLOEXEC | os.O_NOCTTY)
+        return os.open(proc_path(fd), flags | os.O_CLOEXEC | os.O_NOCTTY)
 
     def attr(self, fd: int) -> Attr:
         """Attributes of `fd`; a directory's link count is the upper's own, not the union's, its size 0."""
@@ -187,7 +132,7 @@ class Upper:
         is_directory = stat.S_ISDIR(status.st_mode)  # of whose size each file system says what it likes
         mode, uid, gid, rdev = status.st_mode, status.st_uid, status.st_gid, status.st_rdev
         if self._is_plain and (is_directory or stat.S_ISREG(mode)):
-            mode, uid, gid, rdev = self._recorded(_proc(fd), status)
+            mode, uid, gid, rdev = recorded(proc_path(fd), status)
         return Attr(
             mode=mode,
             uid=uid,
@@ -206,14 +151,14 @@ class Upper:
 
     def xattrs(self, fd: int) -> Xattrs:
         """The user's attributes, by the names the user knows."""
-        path = _proc(fd)
-        shown = ((name, self._shown_name(name)) for name in map(os.fsencode, os.listxattr(path)))
+        path = proc_path(fd)
+        shown = ((name, self.scheme.shown_name(name)) for name in map(os.fsencode, os.listxattr(path)))
         return tuple((seen, os.getxattr(path, stored)) for stored, seen in shown if seen is not None)
 
     def xattr(self, fd: int, name: bytes) -> bytes:
         """Raises NoAttribute."""
-        is_hidden = self._is_plain and name.startswith(_OWN)
-        value = None if is_hidden else _getxattr(_proc(fd), self._stored_name(name))
+        is_hidden = self._is_plain and is_own(name)
+        value = None if is_hidden else get_xattr(proc_path(fd), self.scheme.stored_name(name))
         if value is None:
             raise NoAttribute("no such attribute")
         return value
@@ -222,12 +167,12 @@ class Upper:
 
     def chmod(self, fd: int, mode: int) -> None:
         if self._is_plain:
-            access = _getxattr(_proc(fd), _PLAIN_ACCESS)
+            access = get_xattr(proc_path(fd), PLAIN_ACCESS)
             if access is not None:
-                os.setxattr(_proc(fd), _PLAIN_ACCESS, acl.with_mode(access, mode))
+                os.setxattr(proc_path(fd), PLAIN_ACCESS, acl.with_mode(access, mode))
             self._record_mode(fd, mode)
         else:
-            os.chmod(_proc(fd), mode & _PERMISSIONS)
+            os.chmod(proc_path(fd), mode & _PERMISSIONS)
 
     def chown(self, fd: int, uid: int, gid: int) -> None:
         """-1 leaves one as it is."""
@@ -237,40 +182,40 @@ class Upper:
             if wanted != (attr.uid, attr.gid):
                 self._record(fd, attr.mode, *wanted, attr.rdev)
         else:
-            os.chown(_proc(fd), uid, gid)
+            os.chown(proc_path(fd), uid, gid)
 
     def utimens(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
         """None leaves one as it is."""
         status = os.fstat(fd)
         atime_ns = status.st_atime_ns if atime_ns is None else atime_ns
         mtime_ns = status.st_mtime_ns if mtime_ns is None else mtime_ns
-        os.utime(_proc(fd), ns=(atime_ns, mtime_ns))
+        os.utime(proc_path(fd), ns=(atime_ns, mtime_ns))
 
     def truncate(self, fd: int, size: int) -> None:
-        os.truncate(_proc(fd), size)
+        os.truncate(proc_path(fd), size)
 
     def set_xattr(self, fd: int, name: bytes, value: bytes) -> None:
         """Raises NotSupported for what only a file system itself gives a meaning."""
         if self._is_plain and name.startswith(b"system.") and name != acl.DEFAULT:
             raise NotSupported("of system.* a plain user's store keeps ACLs only")
-        os.setxattr(_proc(fd), self._stored_name(name), value)
+        os.setxattr(proc_path(fd), self.scheme.stored_name(name), value)
 
     def set_access(self, fd: int, value: bytes) -> None:
         """Set the access ACL, and with it the mode. An ACL that says no more than a mode is not kept."""
         if not self._is_plain:
-            os.setxattr(_proc(fd), acl.ACCESS, value)
+            os.setxattr(proc_path(fd), acl.ACCESS, value)
             return
         mode, says_all = acl.mode_of(value, self.attr(fd).mode)
         if not says_all:
-            os.setxattr(_proc(fd), _PLAIN_ACCESS, value)
-        elif _getxattr(_proc(fd), _PLAIN_ACCESS) is not None:
-            os.removexattr(_proc(fd), _PLAIN_ACCESS)
+            os.setxattr(proc_path(fd), PLAIN_ACCESS, value)
+        elif get_xattr(proc_path(fd), PLAIN_ACCESS) is not None:
+            os.removexattr(proc_path(fd), PLAIN_ACCESS)
         self._record_mode(fd, mode)
 
     def remove_xattr(self, fd: int, name: bytes) -> None:
         """Raises NoAttribute."""
         try:
-            os.removexattr(_proc(fd), self._stored_name(name))
+            os.removexattr(proc_path(fd), self.scheme.stored_name(name))
         except OSError as error:
             if error.errno == errno.ENODATA:
                 raise NoAttribute("no such attribute") from None
@@ -278,21 +223,21 @@ class Upper:
 
     def set_opaque(self, fd: int) -> None:
         """The directory hides what the layers have under its name."""
-        os.setxattr(_proc(fd), self._prefix + b"opaque", b"y")
+        os.setxattr(proc_path(fd), self._prefix + b"opaque", b"y")
 
     def set_redirect(self, fd: int, path: bytes) -> None:
         """The directory merges with the lower one at `path`, which is absolute in the image."""
-        os.setxattr(_proc(self.root), self._prefix + _MOVED, b"y")
-        os.setxattr(_proc(fd), self._prefix + b"redirect", path)
+        os.setxattr(proc_path(self.root), self._prefix + _MOVED, b"y")
+        os.setxattr(proc_path(fd), self._prefix + b"redirect", path)
 
     def set_origin(self, fd: int, origin: Ref) -> None:
         """`fd` is a copy of a layer's object. Not kept where that takes an xattr the file cannot have."""
         with contextlib.suppress(OSError):
-            os.setxattr(_proc(fd), self._prefix + _ORIGIN, b"%d:%d" % origin)
+            os.setxattr(proc_path(fd), self._prefix + _ORIGIN, b"%d:%d" % origin)
 
     def origin(self, directory: int, name: bytes) -> Ref | None:
         """What `set_origin` said of the object `name`."""
-        path = b"%b/%b" % (_proc(directory), name)
+        path = b"%b/%b" % (proc_path(directory), name)
         try:
             record = os.getxattr(path, self._prefix + _ORIGIN, follow_symlinks=False)
             layer, ino = map(int, record.split(b":"))
@@ -307,14 +252,14 @@ class Upper:
         not found.
         """
         found: list[bytes] = []
-        if _getxattr(_proc(self.root), self._prefix + _MOVED) is None:
+        if get_xattr(proc_path(self.root), self._prefix + _MOVED) is None:
             return found
         pending = [b""]
         while pending:
             path = pending.pop()
             fd = self._descend(path)
             try:
-                if path and _getxattr(_proc(fd), self._prefix + b"redirect") is not None:
+                if path and get_xattr(proc_path(fd), self._prefix + b"redirect") is not None:
                     found.append(path)
                 pending.extend(path + b"/" + name if path else name for name in self._subdirectories(fd))
             finally:
@@ -334,7 +279,7 @@ class Upper:
         return fd
 
     def _subdirectories(self, directory: int) -> list[bytes]:
-        with os.scandir(_proc(directory)) as entries:
+        with os.scandir(proc_path(directory)) as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
     # Making, in place
@@ -387,7 +332,7 @@ class Upper:
     def link(self, fd: int, directory: int, name: bytes, replaces: bool) -> None:
         """One more name for the object `fd`."""
         home, temporary = (self._scratch, _temporary()) if replaces else (directory, name)
-        os.link(_proc(fd), temporary, dst_dir_fd=home, follow_symlinks=True)
+        os.link(proc_path(fd), temporary, dst_dir_fd=home, follow_symlinks=True)
         if replaces:
             self._place(temporary, directory, name, replaces)
 
@@ -502,7 +447,7 @@ class Upper:
         Links, FIFOs and sockets lose the xattrs that Linux lets no such object have.
         """
         self._dress(fd, Birth(attr.mode, attr.uid, attr.gid, xattrs), attr.rdev)
-        os.utime(_proc(fd), ns=(attr.atime_ns, attr.mtime_ns))
+        os.utime(proc_path(fd), ns=(attr.atime_ns, attr.mtime_ns))
 
     def publish(self, staged: bytes, directory: int, name: bytes) -> int:
         """The staged object appears as `name`, which no entry of the upper has.
@@ -578,82 +523,37 @@ class Upper:
             with contextlib.suppress(NotPermitted):  # links, FIFOs and sockets stay the process's own
                 self._record(fd, mode, uid, gid, rdev)
         else:
-            os.chown(_proc(fd), uid, gid)
+            os.chown(proc_path(fd), uid, gid)
             if not stat.S_ISLNK(mode):
-                os.chmod(_proc(fd), mode & _PERMISSIONS)
+                os.chmod(proc_path(fd), mode & _PERMISSIONS)
         for name, value in xattrs:
-            if self._holds(mode, name):
-                os.setxattr(_proc(fd), self._stored_name(name), value)
+            if self.scheme.holds(mode, name):
+                os.setxattr(proc_path(fd), self.scheme.stored_name(name), value)
 
     def _record(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
         """PLAIN: make mode, owner and device what is asked, in the file itself or else in its record."""
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             if not stat.S_ISLNK(mode):
-                os.chmod(_proc(fd), mode & _PERMISSIONS)
+                os.chmod(proc_path(fd), mode & _PERMISSIONS)
             if (uid, gid) != (status.st_uid, status.st_gid):
                 raise NotPermitted("a plain user's store cannot keep owners of links, FIFOs and sockets")
             return
         needed = 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
         real = mode & 0o777 | needed
         if stat.S_IMODE(status.st_mode) != real:
-            os.chmod(_proc(fd), real)
+            os.chmod(proc_path(fd), real)
         wanted = (mode, uid, gid, rdev)
         if wanted == (stat.S_IFMT(status.st_mode) | real, status.st_uid, status.st_gid, 0):
             with contextlib.suppress(OSError):
-                os.removexattr(_proc(fd), RECORD)
+                os.removexattr(proc_path(fd), RECORD)
         else:
-            os.setxattr(_proc(fd), RECORD, b"%o:%d:%d:%d" % wanted)
+            os.setxattr(proc_path(fd), RECORD, b"%o:%d:%d:%d" % wanted)
 
     def _record_mode(self, fd: int, mode: int) -> None:
         """PLAIN: make the permissions what is asked."""
         attr = self.attr(fd)
         self._record(fd, stat.S_IFMT(attr.mode) | mode & _PERMISSIONS, attr.uid, attr.gid, attr.rdev)
-
-    def _recorded(self, path: bytes, status: os.stat_result) -> tuple[int, int, int, int]:
-        """PLAIN: mode, uid, gid and rdev to show for a regular file or directory."""
-        record = _getxattr(path, RECORD)
-        if record is None:
-            return status.st_mode, status.st_uid, status.st_gid, status.st_rdev
-        try:
-            return _parse_record(record, status.st_mode)
-        except ValueError:
-            directory, _, name = path.removeprefix(b"/proc/self/fd/").partition(b"/")
-            where = os.fsdecode(os.readlink(_proc(int(directory))) + (b"/" + name if name else b""))
-            raise StoreDamaged(
-                f"{where}: its xattr {RECORD.decode()} is {record!r}: unmount, then check --repair"
-            ) from None
-
-    def _holds(self, mode: int, name: bytes) -> bool:
-        """Whether an object of that type can have an xattr (fs/xattr.c, xattr_permission; fs/posix_acl.c)."""
-        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            return stat.S_ISDIR(mode) or name != acl.DEFAULT
-        if name == acl.DEFAULT or (name == acl.ACCESS and stat.S_ISLNK(mode)):
-            return False
-        is_device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
-        return (self._is_plain and is_device) or not self._stored_name(name).startswith(b"user.")
-
-    def _stored_name(self, name: bytes) -> bytes:
-        if name.startswith(self._prefix):
-            return self._prefix + b"overlay." + name[len(self._prefix) :]
-        if self._is_plain:
-            if name.startswith(_OWN):
-                raise NotPermitted("xattrs user.fusestore.* are the store's own")
-            if not name.startswith(b"user."):
-                return _FOREIGN + name
-        return name
-
-    def _shown_name(self, stored: bytes) -> bytes | None:
-        """The inverse of `_stored_name`; None for what is not the user's to see."""
-        if stored.startswith(self._prefix):
-            rest = stored[len(self._prefix) :]
-            return self._prefix + rest[8:] if rest.startswith(b"overlay.") else None
-        if self._is_plain:
-            if stored.startswith(_FOREIGN):
-                return stored[len(_FOREIGN) :]
-            if stored.startswith(_OWN) or not stored.startswith(b"user."):
-                return None
-        return stored
 
     @contextlib.contextmanager
     def _opened(self, directory: int, name: bytes) -> Iterator[int]:
@@ -662,56 +562,3 @@ class Upper:
             yield fd
         finally:
             os.close(fd)
-
-
-def _parse_record(record: bytes, real_mode: int) -> tuple[int, int, int, int]:
-    """Raises ValueError for what `Upper` never wrote on a file of that mode."""
-    match = _RECORD.fullmatch(record)
-    if match is None:
-        raise ValueError("no record")
-    mode, uid, gid, rdev = int(match[1], 8), int(match[2]), int(match[3]), int(match[4])
-    formats = (stat.S_IFDIR,) if stat.S_ISDIR(real_mode) else _KEPT_AS_FILES
-    if stat.S_IFMT(mode) not in formats or max(uid, gid) > _ID_MAX or rdev >> 64:
-        raise ValueError("no record of this file")
-    return mode, uid, gid, rdev
-
-
-def bad_records(root: str) -> Iterator[str]:
-    """PLAIN: the files at and below `root` whose owner and mode cannot be understood.
-
-    As `walk` finds them; a path may be longer than the kernel takes. Raises OSError where the disk fails.
-    """
-    try:
-        top = os.open(root, DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return
-    try:
-        if not _is_understood(_proc(top) + b"/.", os.fstat(top).st_mode):
-            yield root
-        for met in walk(top):
-            path = _proc(met.directory) + b"/" + os.fsencode(met.name)
-            if not _is_understood(path, met.status.st_mode):
-                yield "/".join((root, *met.above, met.name))
-    finally:
-        os.close(top)
-
-
-def _is_understood(path: bytes, real_mode: int) -> bool:
-    if not (stat.S_ISREG(real_mode) or stat.S_ISDIR(real_mode)):
-        return True
-    try:
-        _parse_record(os.getxattr(path, RECORD, follow_symlinks=False), real_mode)
-    except OSError:
-        pass  # it has none, or is gone
-    except ValueError:
-        return False
-    return True
-
-
-def _getxattr(path: bytes, name: bytes) -> bytes | None:
-    try:
-        return os.getxattr(path, name)
-    except OSError as error:
-        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
-            return None
-        raise

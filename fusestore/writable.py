@@ -41,8 +41,9 @@ from .nodes import WHITEOUT_RDEV, Attr, Extent, Xattrs
 from .objects import Object
 from .openfile import OpenFile
 from .rootfs import Rootfs
+from .scheme import Scheme
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, groups_of
-from .upper import Birth, Scheme, Upper
+from .upper import Birth, Upper
 
 __all__ = ["WritableRootfs"]
 

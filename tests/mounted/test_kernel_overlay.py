@@ -20,7 +20,7 @@ from rig.snapshot import Snapshot, differences
 from rig.treecalls import Area, FakeKernel, RealTree, errno_from
 from rig.treestrategies import Call, aimed, calls, images, profile
 
-from fusestore.upper import Scheme
+from fusestore.scheme import Scheme
 
 pytestmark = pytest.mark.root
 

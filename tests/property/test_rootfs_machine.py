@@ -27,7 +27,7 @@ from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 from rig.treestrategies import Call, aimed, calls, contents, images, modes, paths, profile
 
 from fusestore.inodes import Changes
-from fusestore.upper import Scheme
+from fusestore.scheme import Scheme
 
 _SLOTS = st.integers(0, 3)
 _OFFSETS = st.sampled_from((0, 3, 6000))

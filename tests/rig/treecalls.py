@@ -30,9 +30,10 @@ from fusestore.nodes import Attr, Inode, Xattrs
 from fusestore.objects import Descriptors
 from fusestore.quota import usage
 from fusestore.rootfs import Opened
+from fusestore.scheme import Scheme
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 from fusestore.union import Lower
-from fusestore.upper import Scheme, Upper
+from fusestore.upper import Upper
 from fusestore.writable import WritableRootfs
 
 __all__ = ["CALLER", "Area", "FakeKernel", "RealTree", "errno_from"]

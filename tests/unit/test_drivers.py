@@ -12,8 +12,8 @@ from fusestore import drivers
 from fusestore.drivers import UnionDriver
 from fusestore.errors import StoreUnusable
 from fusestore.inodes import Inodes
+from fusestore.scheme import Scheme
 from fusestore.store import Store
-from fusestore.upper import Scheme
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from fusestore.layerindex import LayerIndex
 from fusestore.nodes import Attr, Extent, Inode, TarEntry, Xattrs
 from fusestore.objects import Descriptors
 from fusestore.rootfs import Opened, Rootfs
+from fusestore.scheme import Scheme
 from fusestore.union import Lower, Ref
-from fusestore.upper import Scheme
 
 pytestmark = pytest.mark.root
 

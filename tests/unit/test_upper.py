@@ -15,8 +15,9 @@ from rig.requirements import need
 
 from fusestore.errors import NoAttribute, NotPermitted, StoreDamaged
 from fusestore.nodes import Attr
+from fusestore.scheme import RECORD, Scheme, bad_records, find_scheme
 from fusestore.union import UpperEntry
-from fusestore.upper import RECORD, Birth, Scheme, Upper, bad_records, find_scheme
+from fusestore.upper import Birth, Upper
 
 pytestmark = pytest.mark.root
 

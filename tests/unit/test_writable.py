@@ -14,9 +14,10 @@ from fusestore.errors import NotFound
 from fusestore.inodes import Caller, Changes, run
 from fusestore.objects import Object
 from fusestore.rootfs import Rootfs
+from fusestore.scheme import Scheme
 from fusestore.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusestore.union import Resolved
-from fusestore.upper import Scheme, Upper
+from fusestore.upper import Upper
 
 pytestmark = pytest.mark.root
 
