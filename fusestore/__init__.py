@@ -22,6 +22,7 @@ below it (setup.cfg, checked by import-linter)::
     clone                   a container becomes another
     bundle                  a container for OCI runtimes
     reclaim                 what space is used for, and what can be given back
+    hydration               layers uncompressed on disk: what that takes, made, given back
     export                  a container's tree, or its changes, as a tar
     changes                 what a container changed in its image
     drivers                 how a rootfs comes into the tree: union, erofs

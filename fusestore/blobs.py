@@ -28,8 +28,9 @@ wrong data.
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, Protocol
@@ -40,14 +41,14 @@ from .layer import LayerBuilder
 from .nodes import Digest
 from .seek import Compression, FilePath, SeekTable, SpanCutter
 from .spancache import SpanCache, SpanFile
-from .streams import HEAD, Decoder, GzipDecoder, PlainDecoder, RunDecoder, ZstdDecoder, detect
+from .streams import HEAD, Decoder, GzipDecoder, PlainDecoder, ReadAt, RunDecoder, ZstdDecoder, detect
 from .syscalls import pread_now
 from .tar import TarLimits, TarScanner
 
 if TYPE_CHECKING:
     from _hashlib import HASH
 
-__all__ = ["Ingested", "LayerReader", "Source", "derive", "ingest", "open_reader"]
+__all__ = ["Ingested", "LayerReader", "Source", "derive", "ingest", "open_reader", "unpack"]
 
 _READ: Final = 128 << 10
 _BLOCK: Final = 512
@@ -176,6 +177,44 @@ def derive(
         raise _of_blob(error, blob_path) from error
 
 
+def unpack(
+    blob_path: FilePath, seek_path: FilePath, diff_id: Digest, tar_size: int, sink: Callable[[bytes], object]
+) -> None:
+    """Gives `sink` the whole tar of a compressed layer, in pieces. Two threads share the work.
+
+    Raises StoreDamaged where blob or table are damaged or the tar has another digest than `diff_id`, OSError
+    where they could not be read, and what `sink` raises; what that was given until then is no tar.
+    """
+    tar_hash = sha256()
+    with (
+        open(blob_path, "rb", buffering=0) as blob,
+        closing(SeekTable(seek_path, tar_size)) as table,
+        ThreadPoolExecutor(1) as decoding,
+    ):
+        spans = _spans(table, lambda length, offset: os.pread(blob.fileno(), length, offset))
+        try:
+            ahead = decoding.submit(next, spans, None)
+            while (data := ahead.result()) is not None:
+                ahead = decoding.submit(next, spans, None)
+                tar_hash.update(data)
+                sink(data)
+        except LayerRefused as error:
+            raise _of_blob(error, blob_path) from error
+    if f"sha256:{tar_hash.hexdigest()}" != diff_id:
+        raise _damaged(blob_path, f"it has not the content {diff_id}")
+
+
+def _spans(table: SeekTable, read_at: ReadAt) -> Iterator[bytes]:
+    """All spans, decoded in order. Raises LayerRefused."""
+    span = 0
+    while span < len(table):
+        run, run_end = table.run(span)
+        decoder = RunDecoder(table, run, read_at)
+        while decoder.next_span < run_end:
+            yield decoder.take()
+        span = run_end
+
+
 def _decoder(compression: Compression, spans: SpanCutter) -> Decoder:
     if compression == "gzip":
         return GzipDecoder(spans)
@@ -246,7 +285,8 @@ class LayerReader(ABC):
         """
 
     def reopen(self) -> None:
-        """Read, from now on, the blob that is at its path: an import replaces a damaged one.
+        """Read, from now on, what is at its paths: an import replaces a damaged blob, and local tars come and
+        go.
 
         Beside reads. Raises StoreDamaged where there is none any more, OSError where it could not be opened;
         then it goes on with the old one.
@@ -271,11 +311,13 @@ def open_reader(
     cache: SpanCache,
     cache_path: FilePath,
     tar_size: int,
+    tar_path: FilePath | None = None,
 ) -> LayerReader:
     """A reader of the blob, with the table in `seek_path` (None: the blob is the tar itself).
 
-    `cache_path` need not exist. Raises StoreDamaged when blob or table are missing, or the table is damaged
-    or made for a tar of another size; OSError where they could not be opened.
+    `cache_path` need not exist. Where the whole tar is at `tar_path`, that is read instead of the blob.
+    Raises StoreDamaged when blob or table are missing, or the table is damaged or made for a tar of another
+    size; OSError where they could not be opened.
     """
     blob_fd = _open_blob(blob_path)
     if seek_path is None:
@@ -286,7 +328,7 @@ def open_reader(
         on_error.callback(table.close)
         cached = cache.open(cache_path, table)
         on_error.pop_all()
-    return _SpanReader(blob_fd, blob_path, table, cached)
+    return _SpanReader(blob_fd, blob_path, table, cached, tar_path)
 
 
 def _open_blob(path: FilePath) -> int:
@@ -297,7 +339,10 @@ def _open_blob(path: FilePath) -> int:
 
 
 class _PlainReader(LayerReader):
-    """The blob is the tar."""
+    """The blob is the tar, or lies beside it."""
+
+    def _truncated(self) -> StoreDamaged:
+        return _damaged(self._blob_path, "truncated")
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         length = min(length, self.size - offset)
@@ -314,7 +359,7 @@ class _PlainReader(LayerReader):
         while len(data) < length:
             more = os.pread(self._blob_fd, length - len(data), offset + len(data))
             if not more:
-                raise _damaged(self._blob_path, "truncated")
+                raise self._truncated()
             data += more
         return data
 
@@ -324,23 +369,65 @@ class _PlainReader(LayerReader):
             os.close(fd)
 
 
+class _LocalTar(_PlainReader):
+    """What `unpack` gave. Not reopened: there is another one for another file."""
+
+    def _truncated(self) -> StoreDamaged:
+        return StoreDamaged(f"{os.fsdecode(self._blob_path)} is truncated: remove it and mount anew")
+
+
+def _open_tar(path: FilePath, size: int) -> _LocalTar | None:
+    """None where it is not there, or cannot be read: the blob has it too."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    tar = _LocalTar(fd, path, size)
+    return tar if os.fstat(fd).st_size == size else None
+
+
 class _SpanReader(LayerReader):
-    """The blob is compressed: spans come from the cache, or else are decoded into it.
+    """The blob is compressed: spans come from the cache, or else are decoded into it. None of this is needed
+    while there is a local tar.
 
     The spans of a run are decoded by one thread at a time, under the run's lock; who finds the lock taken
     waits, and then finds the span in the cache. A decode stops at the span that was asked for; if the run
     goes on, the decoder is parked there, so that reading on does not decode from the restart again.
     """
 
-    def __init__(self, blob_fd: int, blob_path: FilePath, table: SeekTable, cached: SpanFile) -> None:
+    def __init__(
+        self,
+        blob_fd: int,
+        blob_path: FilePath,
+        table: SeekTable,
+        cached: SpanFile,
+        tar_path: FilePath | None,
+    ) -> None:
         super().__init__(blob_fd, blob_path, table.tar_size)
+        self._tar_path = tar_path
+        self._tar: _LocalTar | None = None
+        """Closes itself after the last read of it."""
         self._table = table
         self._cached = cached
         self._run_locks = tuple(threading.Lock() for _ in range(_RUN_LOCKS))
         self._unstored: tuple[int, bytes] | None = None
         """The last span decoded that the cache had no room for: what follows in it is usually read next."""
+        self._find_tar()
+
+    def _find_tar(self) -> None:
+        self._tar = None if self._tar_path is None else _open_tar(self._tar_path, self.size)
+        if self._tar is not None:
+            self._unstored = None
+            self._cached.clear()
+
+    def reopen(self) -> None:
+        self._find_tar()
+        super().reopen()
 
     def read_now(self, offset: int, length: int) -> bytes | None:
+        tar = self._tar
+        if tar is not None:
+            return tar.read_now(offset, length)
         end = min(offset + length, self.size)
         if offset >= end:
             return b""
@@ -350,6 +437,9 @@ class _SpanReader(LayerReader):
         return data
 
     def read(self, offset: int, length: int) -> bytes:
+        tar = self._tar
+        if tar is not None:
+            return tar.read(offset, length)
         end = min(offset + length, self.size)
         starts = self._table.starts
         pieces = []

@@ -40,6 +40,7 @@ __all__ = ["Cure", "Finding", "check", "examine"]
 _IMPORT_AGAIN = "import the image again"
 _MADE_AGAIN = "remove it, it is made again from the blob"
 _REMADE = "remove it, it is made again"
+_HYDRATE_AGAIN = "remove it, and run `fusestore hydrate` for its image"
 _UNUSED = "remove it"
 _SAVE = "save what you need from diff/ beside it, then delete the container"
 _NOT_READ = "see to that, then check again"
@@ -108,7 +109,10 @@ def examine(
     layers = list({(layer.diff_id, layer.blob): layer for image in images for layer in image.layers}.values())
     layer_blobs = {layer.blob for layer in layers}
     others = [digest for digest in _stored_blobs(layout) if digest not in layer_blobs]
-    sizes = [*(layer.size for layer in layers), *(_size(layout.blob(digest)) for digest in others)]
+    diff_ids = {layer.diff_id for layer in layers}
+    sizes = [layer.size for layer in layers]
+    sizes += [_size(layout.blob(digest)) for digest in others]
+    sizes += [_size(layout.tar(diff_id)) for diff_id in diff_ids]
     total, done = sum(sizes), 0
 
     def advance(count: int) -> None:
@@ -119,6 +123,7 @@ def examine(
 
     content = [finding for layer in layers for finding in _check_layer(layout, layer, advance)]
     content += [finding for digest in others for finding in _check_blob(layout, digest, advance)]
+    content += [finding for diff_id in diff_ids for finding in _check_tar(layout, diff_id, advance)]
     wrong = {finding.path for finding in content}
     content += [finding for image in images for finding in _check_metadata_image(store, layout, image, wrong)]
     content += _check_uppers(store, layout)
@@ -163,15 +168,26 @@ def _size(path: str) -> int:
 
 
 def _check_blob(layout: Layout, digest: Digest, advance: Callable[[int], None]) -> Iterator[Finding]:
-    path = layout.blob(digest)
+    yield from _check_digest(layout.blob(digest), digest, _IMPORT_AGAIN, advance)
+
+
+def _check_tar(layout: Layout, diff_id: Digest, advance: Callable[[int], None]) -> Iterator[Finding]:
+    path = layout.tar(diff_id)
+    if os.path.lexists(path):
+        yield from _check_digest(path, diff_id, _HYDRATE_AGAIN, advance)
+
+
+def _check_digest(
+    path: str, digest: Digest, remedy: str, advance: Callable[[int], None]
+) -> Iterator[Finding]:
     try:
         with open(path, "rb", buffering=0) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        yield _unread(path, error, _IMPORT_AGAIN, Cure.SET_ASIDE)
+        yield _unread(path, error, remedy, Cure.SET_ASIDE)
         return
     if f"sha256:{found}" != digest:
-        yield Finding(path, "the content has another digest", _IMPORT_AGAIN, Cure.SET_ASIDE)
+        yield Finding(path, "the content has another digest", remedy, Cure.SET_ASIDE)
     advance(_size(path))
 
 

@@ -58,6 +58,7 @@ _HELPER_OPTIONS = {
     "allow_other": False,
     "allow_dev": False,
     "allow_suid": False,
+    "hydrate": False,
     "driver": True,
     "cache_size": True,
     "run_dir": True,
@@ -220,6 +221,7 @@ def _options_of(plain_http: bool, authfile: str | None) -> "RegistryOptions":
 @click.option("--allow-other", is_flag=True, help="Let users other than you in.")
 @click.option("--allow-dev", is_flag=True, help="Let device nodes of images and containers act (root).")
 @click.option("--allow-suid", is_flag=True, help="Let their set-user-ID bits and capabilities act (root).")
+@click.option("--hydrate", is_flag=True, help="In the background, hydrate the images of containers in use.")
 @click.option("--foreground", is_flag=True, help="Stay until unmounted; log to standard error.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
               help="json: an object on each line.")  # fmt: skip
@@ -232,6 +234,7 @@ def _mount(
     allow_other: bool,
     allow_dev: bool,
     allow_suid: bool,
+    hydrate: bool,
     foreground: bool,
     log_format: str,
     cache_size: int | None,
@@ -252,7 +255,15 @@ def _mount(
             log = None if foreground else RunLayout(store.run_path).mount_log(os.fsencode(mountpoint))
             check_not_within(store, mountpoint, places.run_dir)
             reopen_log = daemon.log_to(log, as_json=log_format == "json")
-            mount.run(store, mountpoint, driver=driver, options=options, ready=ready, reopen_log=reopen_log)
+            mount.run(
+                store,
+                mountpoint,
+                driver=driver,
+                options=options,
+                hydrates=hydrate,
+                ready=ready,
+                reopen_log=reopen_log,
+            )
 
     if foreground:
         serve(lambda: None)
@@ -586,6 +597,40 @@ def _check(places: Places, repairs: bool) -> int:
     for finding in findings:
         say(finding)
     return 1 if findings else 0
+
+
+@_command
+@click.argument("image")
+@click.option("--undo", is_flag=True, help="Give the space back.")
+@click.option("--dry-run", is_flag=True, help="Only say how much it is.")
+@json_option
+@with_places
+def _hydrate(places: Places, image: str, undo: bool, dry_run: bool, as_json: bool) -> None:
+    """Keep an image's layers uncompressed on disk, and print how many bytes that takes.
+
+    Reading is faster then, and a container that --driver erofs mounts from then on needs the mount's process
+    no more. Layers that are shared are kept once. With --undo they go; what is in use then goes when it is
+    left.
+    """
+    from .hydration import dehydrate, hydrate, hydration
+
+    with places.open() as store:
+        found = store.image(image)
+        before = after = hydration(store, found)
+        if not dry_run:
+            if undo:
+                dehydrate(store, found)
+            else:
+                with progress_bar("hydrate") as progress:
+                    hydrate(store, found, progress)
+            after = hydration(store, found)
+    size = before.size if undo else before.missing if dry_run else after.size - before.size
+    if as_json:
+        print_json({"id": found.id, "bytes": size, **asdict(after)})
+    elif undo:
+        click.echo(f"{size_text(size)} can be given back" if dry_run else f"{size_text(size)} given back")
+    else:
+        click.echo(f"{size_text(size)} more at most" if dry_run else f"{size_text(size)} more on disk")
 
 
 @_command

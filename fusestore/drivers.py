@@ -87,6 +87,8 @@ class UnionDriver:
             raise
         self._homes = {os.fstat(fd).st_dev: fd for fd in (self._run_scratch.fd, self._scratch.fd)}
         """By device: a scratch directory there."""
+        self.entered: Callable[[str], object] = lambda image_id: None
+        """Told the image of each container that is opened; by any thread."""
         self._lowers: WeakValueDictionary[tuple[LayerIndex, ...], Lower] = WeakValueDictionary()
         try:
             self._scheme = _agreed_scheme(store, self._scratch.fd)
@@ -311,6 +313,8 @@ class _ContainerOpener:
 
     def open(self) -> Opened:
         lower, readers = self._layers()
+        if self._is_entering:
+            self._driver.entered(self._store.container(self._id).image_id)
         path = os.fsencode(self._store.upper_dir(self._id))
         if not self._is_entering and not os.path.exists(path):
             return Opened(lower, readers, None, lambda: None)

@@ -40,12 +40,17 @@ __all__ = [
     "open_directory",
     "read_file",
     "write_all",
+    "write_sparse",
 ]
 
 LOCK_TIMEOUT_S = 60.0
 """How long to wait for the store's names: they are held for a few renames, never while data is copied."""
 
 _LOCK_POLL_MAX_S = 0.02
+
+_HOLE = 64 << 10
+"""Bytes, and their alignment, that are worth a hole."""
+_ZEROS = bytes(_HOLE)
 
 _DAMAGE = frozenset(
     [
@@ -169,6 +174,27 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[disk.write(fd, rest) :]
+
+
+def write_sparse(fd: int, data: bytes, offset: int) -> None:
+    """Writes `data` at `offset` of a file that is empty from there on; blocks of zeros become holes.
+
+    Where the file ends with a hole the caller gives it its size.
+    """
+    start = place = 0
+    while place < len(data):
+        end = min(len(data), place + _HOLE - (offset + place) % _HOLE)
+        if data[place:end] == _ZEROS[: end - place]:
+            _write_at(fd, data[start:place], offset + start)
+            start = end
+        place = end
+    _write_at(fd, data[start:], offset + start)
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    if data:
+        os.lseek(fd, offset, os.SEEK_SET)
+        write_all(fd, data)
 
 
 def _set_exact_mtime(fd: int) -> None:

@@ -99,11 +99,10 @@ class KernelMounts:
         return f"{self._store.overlay_work_dir(container_id)}/work"
 
     def _tars(self, image: Image) -> Sequence[str]:
-        """Uncompressed layers are read where they are, the others as this mount shows them."""
+        """Layers that are on disk uncompressed are read there, the others as this mount shows them."""
+        shown = f"{self._mountpoint}/images/{image.id}/layers"
         return [
-            f"{self._mountpoint}/images/{image.id}/layers/{number}/tar"
-            if layer.is_compressed
-            else self._store.blob_path(layer.blob)
+            self._store.local_tar(layer) or f"{shown}/{number}/tar"
             for number, layer in enumerate(image.layers)
         ]
 

@@ -13,10 +13,11 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from .blobs import LayerReader, derive, open_reader
-from .durable import Workspace, is_damage
+from .blobs import LayerReader, derive, open_reader, unpack
+from .durable import Workspace, is_damage, write_sparse
 from .errors import StoreDamaged
 from .layer import LayerIndex
 from .layout import Layout
@@ -138,6 +139,52 @@ class LayerFiles:
                 raise
             return -1
 
+    def local_tar(self, ref: LayerRef) -> str | None:
+        """The file with the layer's tar, where there is one: the blob, or what `hydrate` made."""
+        if not ref.is_compressed:
+            return self._layout.blob(ref.blob)
+        path = self._layout.tar(ref.diff_id)
+        try:
+            return path if os.stat(path).st_size == self.tar_size(ref) else None
+        except FileNotFoundError:
+            return None
+
+    def hydrate(
+        self, ref: LayerRef, confirm: Callable[[], object], progress: Callable[[int], object]
+    ) -> None:
+        """Makes the layer's local tar, where it has none. `confirm`, called with the store's names locked,
+        raises if it is not to be any more; `progress` is told the length of each piece.
+
+        It is whole, verified and on disk before anybody sees it. Raises StoreDamaged, OSError.
+        """
+        if self.local_tar(ref) is not None:
+            return
+        layer = self.open(ref)
+        with self._workspace.scratch() as scratch:
+            fd = scratch.create("tar")
+            try:
+                place = 0
+
+                def write(data: bytes) -> None:
+                    nonlocal place
+                    write_sparse(fd, data, place)
+                    place += len(data)
+                    progress(len(data))
+
+                blob, table = self._layout.blob(ref.blob), self._layout.seek_table(ref.diff_id, ref.blob)
+                unpack(blob, table, ref.diff_id, layer.reader.size, write)
+                os.ftruncate(fd, place)
+            finally:
+                os.close(fd)
+            scratch.sync()
+            with self._workspace.lock():
+                confirm()
+                self._workspace.publish((scratch.join("tar"), self._layout.tar(ref.diff_id)))
+
+    def dehydrate(self, ref: LayerRef) -> None:
+        """Takes the local tar away. Who has it open keeps it, and its space."""
+        self._workspace.discard(self._layout.tar(ref.diff_id))
+
     def drop(self, diff_ids: list[Digest]) -> None:
         """No longer keep these open; who refers to them still can use them."""
         with self._lock:
@@ -172,7 +219,8 @@ class LayerFiles:
         index = map_index(self._layout.layer_index(ref.diff_id))
         table = self._layout.seek_table(ref.diff_id, ref.blob) if ref.is_compressed else None
         cache, cache_path = self._span_cache(), self._layout.span_cache(ref.diff_id)
-        reader = open_reader(self._layout.blob(ref.blob), table, cache, cache_path, index.tar_size)
+        tar = self._layout.tar(ref.diff_id)
+        reader = open_reader(self._layout.blob(ref.blob), table, cache, cache_path, index.tar_size, tar)
         return Layer(ref, index, reader)
 
     def _span_cache(self) -> SpanCache:

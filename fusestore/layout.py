@@ -15,6 +15,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         index                         the layer's tree (fusestore.layer)
         seek.<blob hex>               restart points in that compressed blob (fusestore.seek)
         cache                         sparse: what was decompressed so far (fusestore.spancache)
+        tar                           the layer uncompressed, where `fusestore hydrate` was asked for it
       images/<id>/image               derived from manifest and config: may be deleted
       images/<id>/erofs.1             derived from the layers: may be deleted; made when first mounted
       containers/<id>/                0700, made whole; flock: shared while live, exclusive to change
@@ -62,6 +63,10 @@ The number in its name is raised with every change of what is written (`METADATA
 is the proof that blob and diff_id belong together. An uncompressed layer needs none: its blob digest is its
 diff_id.
 
+**layers/<diff_id>/tar**: what has that diff_id, sparse: whole and verified before it has its name. It may be
+removed at any time; who has it open goes on reading it. Of an uncompressed layer there is none: that is its
+blob.
+
 **containers/<id>/container**: JSON, UTF-8: ``image-name`` and ``image-id`` (both "" while unbound),
 ``created-at`` (Unix seconds), ``name`` if it is not the id, ``mountlabel`` if not empty, then the user's keys
 in the user's order. The id is not in it (it is the directory's name), nor whether it is mounted (the run
@@ -99,7 +104,8 @@ Refused by a reader, in these words (StoreUnusable)::
 
 History::
 
-    1   first version. scheme came later: a store without it gets it when it is mounted. quarantine came later
+    1   first version. scheme came later: a store without it gets it when it is mounted. quarantine and
+        layers/<diff_id>/tar came later
 """
 
 import hashlib
@@ -243,6 +249,9 @@ class Layout:
     def span_cache(self, diff_id: Digest) -> str:
         return _join(self.layer(diff_id), "cache")
 
+    def tar(self, diff_id: Digest) -> str:
+        return _join(self.layer(diff_id), "tar")
+
     def image(self, image_id: str) -> str:
         return _join(self.images, image_id)
 
@@ -283,7 +292,7 @@ class Layout:
 
     @staticmethod
     def is_in_layer(name: str) -> bool:
-        return name in ("index", "cache") or name.startswith("seek.")
+        return name in ("index", "cache", "tar") or name.startswith("seek.")
 
     @staticmethod
     def is_in_image(name: str) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import resource
 import select
@@ -24,6 +25,7 @@ import trio
 from .drivers import DRIVERS, ErofsDriver, UnionDriver
 from .errors import BadInput, Busy, FusestoreError, NotPermitted
 from .fuse import Filesystem
+from .hydration import hydrate, hydration
 from .inodes import Inodes
 from .mountpoint import MountOptions, attach, detach, device_at
 from .mounts import BELL_MAX, HOW_ARE_YOU, IDLE, Changed, MountRecord
@@ -119,15 +121,16 @@ def run(
     *,
     driver: str,
     options: MountOptions,
+    hydrates: bool,
     ready: Callable[[], None],
     reopen_log: Callable[[], None] | None,
 ) -> None:
     """Mount the store's tree and serve it until it is unmounted; `ready` is called once it answers.
 
     SIGTERM and SIGINT unmount (`_Departure`). SIGHUP calls `reopen_log`; without one a terminal has gone, and
-    that unmounts too. What was written is on disk when it returns. `driver` is a name
-    of DRIVERS, or ``auto``. Raises FusestoreError where it cannot be mounted. Only one mount can be served by
-    a process (pyfuse3).
+    that unmounts too. What was written is on disk when it returns. `driver` is a name of DRIVERS, or
+    ``auto``. `hydrates`: the images of containers that are entered, in the background (fusestore.hydration).
+    Raises FusestoreError where it cannot be mounted. Only one mount can be served by a process (pyfuse3).
     """
     chosen = next(iter(DRIVERS)) if driver == "auto" else driver
     if chosen not in DRIVERS:
@@ -141,10 +144,13 @@ def run(
     with contextlib.ExitStack() as stack:
         trash = _Trash(store)
         store.leave_trash()
+        hydrator = _Hydrator(store)
 
         def make_driver(store: Store, inodes: Inodes) -> UnionDriver:
             made = DRIVERS[chosen](store, inodes, mountpoint)
             stack.callback(made.close)
+            if hydrates:
+                made.entered = hydrator.want
             return made
 
         tree = Tree(store, make_driver, Owner(os.geteuid(), os.getegid()), trash.wake)
@@ -162,7 +168,7 @@ def run(
         stack.callback(record.close)
         _require_alone(store, record)
         watch = stack.enter_context(Watch(filesystem.meter, tree, store))
-        trio.run(_serve, record, store, filesystem, trash, departure, watch, ready)
+        trio.run(_serve, record, store, filesystem, (trash, hydrator), departure, watch, ready)
     _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
 
 
@@ -248,11 +254,44 @@ class _Trash:
             self._wanted = trio.Event()
 
 
+class _Hydrator:
+    """Hydrates images in the background, one after the other; the end of the mount breaks it off."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._send, self._wanted = trio.open_memory_channel[str](math.inf)
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._limiter = trio.CapacityLimiter(1)
+
+    def want(self, image_id: str) -> None:
+        """From any thread. "" is no image."""
+        if image_id and self._token is not None:
+            self._token.run_sync_soon(self._send.send_nowait, image_id)
+
+    async def run(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        done = set()
+        async for image_id in self._wanted:
+            if image_id not in done:
+                done.add(image_id)
+                await trio.to_thread.run_sync(self._hydrate, image_id, limiter=self._limiter)
+
+    def _hydrate(self, image_id: str) -> None:
+        try:
+            image = self._store.image(image_id)
+            before = hydration(self._store, image)
+            hydrate(self._store, image, lambda done, total: trio.from_thread.check_cancelled())
+            size = hydration(self._store, image).size - before.size
+            _log.info("image %s is hydrated: %d bytes more on disk", image_id[:12], size)
+        except (FusestoreError, OSError) as error:
+            _log.warning("image %s is not hydrated: %s", image_id[:12], error)
+
+
 async def _serve(
     record: MountRecord,
     store: Store,
     filesystem: Filesystem,
-    trash: _Trash,
+    chores: tuple["_Trash", "_Hydrator"],
     departure: "_Departure",
     watch: Watch,
     ready: Callable[[], None],
@@ -262,7 +301,8 @@ async def _serve(
         nursery.start_soon(departure.run)
         nursery.start_soon(_answer_bell, record, store, filesystem, watch)
         nursery.start_soon(_announce, record.mountpoint, ready)
-        nursery.start_soon(trash.run)
+        for chore in chores:
+            nursery.start_soon(chore.run)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
 

@@ -92,8 +92,8 @@ class Mounter:
     ) -> tuple[int, int]:
         """Mount overlayfs over the directory `place`, its lower layer the EROFS image with devices `tars`.
 
-        The image is mounted once for all that use it. `options` are overlayfs's other ones. What `unmount`
-        takes, and the mount's `mount_number`. Raises OSError.
+        The image is mounted once for all that use it with the same tars. `options` are overlayfs's other
+        ones. What `unmount` takes, and the mount's `mount_number`. Raises OSError.
         """
         devices = [os.fsencode(tar) for tar in tars]
         token, number = self._call("mount", os.fsencode(place), os.fsencode(image), devices, options)
@@ -150,6 +150,10 @@ def _receive(connection: socket.socket) -> bytes:
         return b""
 
 
+_Source = tuple[bytes, ...]
+"""What an image is mounted from: its file, and the tars."""
+
+
 class _Image:
     """An image that is mounted, or about to be, and `users` mounts of containers that it is for."""
 
@@ -164,7 +168,7 @@ class _Image:
 class _Mounted:
     """A container's mount, over the directory that the descriptor `directory` is of."""
 
-    def __init__(self, directory: int, image: bytes) -> None:
+    def __init__(self, directory: int, image: "_Source") -> None:
         self.lock = threading.Lock()
         """Held while it is unmounted."""
         self.directory = directory
@@ -177,7 +181,7 @@ class _Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         """Protects what follows, and is never held during a system call that may take long."""
-        self._images: dict[bytes, _Image] = {}
+        self._images: dict[_Source, _Image] = {}
         self._mounted: dict[int, _Mounted] = {}
         """By token."""
         self._token = 0
@@ -207,8 +211,9 @@ class _Worker:
         with contextlib.ExitStack() as stack:
             directory = os.open(place, _DIRECTORY_FLAGS)
             stack.callback(os.close, directory)
-            lower = self._take(image, tars)
-            stack.callback(self._drop, image)
+            source = (image, *tars)
+            lower = self._take(source)
+            stack.callback(self._drop, source)
             given = [(b"lowerdir+", b"/proc/self/fd/%d" % lower), *options]
             # Device nodes and set-user-ID bits act there as they do in the mount around it.
             shut = os.fstatvfs(directory).f_flag
@@ -222,7 +227,7 @@ class _Worker:
             stack.pop_all()
         with self._lock:
             self._token += 1
-            self._mounted[self._token] = _Mounted(directory, image)
+            self._mounted[self._token] = _Mounted(directory, source)
             return self._token, number
 
     def unmount(self, token: int, lazily: bool) -> None:
@@ -244,9 +249,10 @@ class _Worker:
             os.close(mounted.directory)
         self._drop(mounted.image)
 
-    def _take(self, path: bytes, tars: list[bytes]) -> int:
+    def _take(self, source: _Source) -> int:
+        path, *tars = source
         with self._lock:
-            image = self._images.setdefault(path, _Image())
+            image = self._images.setdefault(source, _Image())
             image.users += 1
         try:
             with image.lock:
@@ -255,16 +261,16 @@ class _Worker:
                     image.mount = make_mount(b"erofs", options, MOUNT_ATTR_RDONLY)
                 return image.mount
         except OSError:
-            self._drop(path)
+            self._drop(source)
             raise
 
-    def _drop(self, path: bytes) -> None:
+    def _drop(self, source: _Source) -> None:
         with self._lock:
-            image = self._images[path]
+            image = self._images[source]
             image.users -= 1
             if image.users:
                 return
-            del self._images[path]
+            del self._images[source]
         if image.mount >= 0:
             os.close(image.mount)
 

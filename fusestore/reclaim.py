@@ -65,7 +65,9 @@ def usage(store: Store) -> list[Usage]:
     """Reads all names of the containers' files, so it takes as long as du."""
     layout = Layout(store.path)
     caches = sum(_size(path) for _, path in _caches(layout))
-    images = sum(_size(path) for path in (layout.blobs, layout.images, layout.layers)) - caches
+    tars = [path for path in map(layout.tar, _diff_ids(layout)) if os.path.lexists(path)]
+    hydrated = sum(map(_size, tars))
+    images = sum(_size(path) for path in (layout.blobs, layout.images, layout.layers)) - caches - hydrated
     reclaimable: Counter[str] = Counter()
     for item in reclaim(store, is_dry=True):
         reclaimable[item.what] += item.size
@@ -73,6 +75,7 @@ def usage(store: Store) -> list[Usage]:
         Usage(what, count, size, min(size, reclaimable[what]))
         for what, count, size in (
             ("images", len(store.image_ids()), images),
+            ("hydrated", len(tars), hydrated),
             ("cache", len(_caches(layout)), caches),
             ("containers", len(store.container_ids()), _size(layout.containers)),
             ("trash", _count(layout.trash), _size(layout.trash)),
@@ -114,13 +117,17 @@ def _reclaim_images(store: Store, latest_s: float, is_dry: bool) -> Iterator[Ite
         if image.names or not _is_older(layout.image_record(image.id), latest_s):
             continue
         own = [path for path in _files(layout, image) if users[path] == 1]
+        tars = [layout.tar(layer.diff_id) for layer in dict.fromkeys(image.layers)]
         size = sum(map(_size, own))
+        hydrated = sum(_size(path) for path in own if path in tars)
         try:
             store.prune_image(image.id, known, is_dry=is_dry)
         except (Busy, NotFound):
             continue
         users.subtract(_files(layout, image))
-        yield Item("images", image.id, size, _NO_NAME)
+        yield Item("images", image.id, size - hydrated, _NO_NAME)
+        if hydrated:
+            yield Item("hydrated", image.id, hydrated, _NO_NAME)
 
 
 def _files(layout: Layout, image: Image) -> list[str]:
@@ -130,6 +137,7 @@ def _files(layout: Layout, image: Image) -> list[str]:
         *(layout.image(image_id) for image_id in parts["images"]),
         *(layout.blob(Digest(blob)) for blob in parts["blobs"]),
         *(layout.layer_index(Digest(diff_id)) for diff_id in parts["layers"]),
+        *(layout.tar(Digest(diff_id)) for diff_id in parts["layers"]),
         *(layout.seek_table(layer.diff_id, layer.blob) for layer in dict.fromkeys(image.layers)),
     ]
 
@@ -157,9 +165,12 @@ def _reclaim_caches(store: Store, latest_s: float, is_dry: bool) -> Iterator[Ite
 
 
 def _caches(layout: Layout) -> list[tuple[Digest, str]]:
-    diff_ids = [Digest(f"sha256:{name}") for name in sorted(os.listdir(layout.layers))]
-    found = [(diff_id, layout.span_cache(diff_id)) for diff_id in diff_ids]
+    found = [(diff_id, layout.span_cache(diff_id)) for diff_id in _diff_ids(layout)]
     return [(diff_id, path) for diff_id, path in found if os.path.lexists(path)]
+
+
+def _diff_ids(layout: Layout) -> list[Digest]:
+    return [Digest(f"sha256:{name}") for name in sorted(os.listdir(layout.layers))]
 
 
 def _is_older(path: str, latest_s: float) -> bool:

@@ -303,6 +303,11 @@ class SpanFile:
         else:
             self._cache.misses += 1
 
+    def clear(self) -> None:
+        """Give back all that is kept; readers beside it find it missing."""
+        with self._lock:
+            self._start_over()
+
     def park(self, run: int, decoder: RunDecoder) -> None:
         """Keep an unfinished decode of `run`, in memory, for whoever reads on; a few per process are kept."""
         self._cache._park(self, run, decoder)
@@ -358,10 +363,10 @@ class SpanFile:
             punch_hole(self._fd, low, high - low)
         except OSError as error:
             self._cache._warn_once(error)
-            self._start_over()
+            self._start_over()  # a file system that cannot punch holes: this keeps the bound
 
     def _start_over(self) -> None:
-        """For a filesystem that cannot punch holes: empty the file, which keeps the bound. Under the lock."""
+        """Empty the file. Under the lock."""
         gone = [*filter(None, self._held), *self._unverified.values()]
         self._held[:] = [None] * len(self._held)
         self._unverified.clear()

@@ -339,8 +339,31 @@ class Store:
         cache = self._layers.cache
         return SpanUse() if cache is None else SpanUse(cache.hits, cache.misses, cache.used, cache.capacity)
 
+    def local_tar(self, ref: LayerRef) -> str | None:
+        """The file that is the layer's tar, where there is one: its blob, or what `hydrate_layer` made."""
+        return self._layers.local_tar(ref)
+
+    def hydrate_layer(self, image: Image, ref: LayerRef, progress: Callable[[int], object]) -> None:
+        """Makes the local tar of a layer of `image`, where it has none: whole and verified, or not at all.
+
+        `progress` is told the length of each piece. Mounts read it from then on. Raises NotFound (the image
+        was deleted meanwhile), StoreDamaged, OSError.
+        """
+        self._layers.hydrate(ref, lambda: self._images.find(image.id), progress)
+        self._tar_changed(image)
+
+    def dehydrate_layer(self, image: Image, ref: LayerRef) -> None:
+        """Takes the local tar of a layer of `image` away, in all images that have it."""
+        self._leaves_trash = True
+        self._layers.dehydrate(ref)
+        self._tar_changed(image)
+
+    def _tar_changed(self, image: Image) -> None:
+        self.reopen_layers()
+        self._mounts.announce(Changed("images", image.id))
+
     def reopen_layers(self) -> None:
-        """Has open layers read the blobs that are there now: an import, also by others, may replace some."""
+        """Has open layers read the blobs and tars that are there now: others too replace and remove some."""
         self._layers.reopen()
 
     def metadata_image(self, image: Image) -> str:

@@ -39,6 +39,7 @@ __all__ = [
     "HEAD",
     "Inflate",
     "PlainDecoder",
+    "ReadAt",
     "RunDecoder",
     "ZstdDecoder",
     "detect",

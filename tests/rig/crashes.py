@@ -29,12 +29,17 @@ def state(store: Store) -> dict[str, object]:
         "names": store.image_names(),
         "containers": documents,
         "container names": store.container_names(),
+        "hydrated": {
+            image.id: [store.local_tar(layer) is not None for layer in image.layers]
+            for image in store.images()
+        },
     }
 
 
 def prepare(store: Store, one: str) -> None:
-    """An image, a container with a name, and one in which something was written."""
-    store.import_image(one)
+    """An image with a local tar, a container with a name, and one in which something was written."""
+    image = store.import_image(one)
+    store.hydrate_layer(image, image.layers[1], lambda count: None)
     store.create_container(container_id="kept", container_name="its-name")
     store.create_container("one", container_id="plain")
     with snapshot(store, "plain"):
@@ -51,6 +56,16 @@ def _add_a_file(_: str, directory: str) -> None:
 
 def _commit(store: Store) -> None:
     commit(store, "plain", "made:1", CommitOptions(epoch_s=1))
+
+
+def _hydrate(store: Store) -> None:
+    image = store.image("one")
+    store.hydrate_layer(image, image.layers[0], lambda count: None)
+
+
+def _dehydrate(store: Store) -> None:
+    image = store.image("one")
+    store.dehydrate_layer(image, image.layers[1])
 
 
 OPERATIONS: dict[str, Callable[[Store, str], object]] = {
@@ -71,6 +86,8 @@ OPERATIONS: dict[str, Callable[[Store, str], object]] = {
     "untag": lambda store, _: store.untag("one"),
     "rename a tag": lambda store, _: store.rename_tag("one", "default", replace=True),
     "commit": lambda store, _: _commit(store),
+    "hydrate": lambda store, _: _hydrate(store),
+    "dehydrate": lambda store, _: _dehydrate(store),
     "empty the trash": lambda store, _: store.empty_trash(),
 }
 """`two` is an image to import."""

@@ -675,12 +675,26 @@ def test_gc_says_what_it_gives_back_and_a_dry_run_the_same(run: Run, stored: str
 def test_df_says_what_there_is_of_what(run: Run, stored: str) -> None:
     run("create", "app", "c")
     found = {part.pop("what"): part for part in json.loads(run("df", "--json").out)}
-    assert list(found) == ["images", "cache", "containers", "trash", "scratch", "quarantine"]
+    assert list(found) == ["images", "hydrated", "cache", "containers", "trash", "scratch", "quarantine"]
     assert found["images"]["count"] == found["containers"]["count"] == 1
     assert found["images"]["size"] > 0 == found["images"]["reclaimable"]
     header, images, *_ = run("df").out.splitlines()
     assert header.split() == ["WHAT", "COUNT", "SIZE", "RECLAIMABLE"]
     assert images.split()[:2] == ["images", "1"]
+
+
+def test_hydrate_says_what_it_takes(run: Run, stored: str) -> None:
+    def shown(size: int) -> str:
+        return "1 byte" if size == 1 else f"{size:,} bytes" if size < 1000 else f"{size / 1000:.1f} kB"
+
+    would = json.loads(run("hydrate", "app", "--dry-run", "--json").out)
+    assert run("hydrate", "app", "--dry-run").out == f"{shown(would['bytes'])} more at most\n"
+    done = run("hydrate", "app")
+    found = json.loads(run("hydrate", "app", "--json").out)
+    assert (done.out, done.err) == (f"{shown(found['size'])} more on disk\n", "")
+    assert (found["id"], found["bytes"], found["missing"]) == (stored, 0, 0)
+    assert run("hydrate", "app", "--undo").out == f"{shown(found['size'])} given back\n"
+    _fails(run("hydrate", "none"), "there is no image 'none'")
 
 
 @pytest.mark.parametrize(
@@ -691,13 +705,14 @@ def test_df_says_what_there_is_of_what(run: Run, stored: str) -> None:
         (("/s", "/m", "-o", "rw,nosuid,nodev"), ["mount", "--store", "/s", "--", "/m"]),
         (("/s", "/m"), ["mount", "--store", "/s", "--", "/m"]),
         (
-            ("/s", "/m", "-o", "allow_other,allow_suid,driver=union,run_dir=/r"),
+            ("/s", "/m", "-o", "allow_other,allow_suid,hydrate,driver=union,run_dir=/r"),
             [
                 "mount",
                 "--store",
                 "/s",
                 "--allow-other",
                 "--allow-suid",
+                "--hydrate",
                 "--driver=union",
                 "--run-dir=/r",
                 "--",
