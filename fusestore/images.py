@@ -30,7 +30,7 @@ from .names import digest_hex, is_hex_id, parse_digest, parse_image_name
 from .nodes import Digest
 from .sources import machine_platform
 
-__all__ = ["INDEX_MAX", "Catalog", "Entry", "Image", "Images", "Loose", "loose_parts"]
+__all__ = ["INDEX_MAX", "Catalog", "Entry", "Image", "Images", "Loose", "loose_parts", "require_places"]
 
 INDEX_MAX = 256 << 20
 """Bytes of index.json: about a million names."""
@@ -291,6 +291,29 @@ class Images:
                 catalog, [_named(entry, new) if entry.name == old else entry for entry in entries]
             )
 
+    def change_names(self, given: Mapping[str, str], taken_away: Mapping[str, str]) -> None:
+        """All of it in one step, or nothing. Both: name → id of an image.
+
+        Those of `given` are the images', whoever had them; those of `taken_away` go where they are still that
+        image's. Raises NotFound, BadName, Exists.
+        """
+        with self._workspace.lock():
+            catalog = self.catalog()
+            entries = list(catalog.entries)
+            names = dict(catalog.names)
+            for name, image_id in taken_away.items():
+                if names.get(name) == image_id:
+                    entries = _without_name(entries, name)
+                    del names[name]
+            for name, image_id in given.items():
+                parse_image_name(name)
+                if image_id not in catalog.images:
+                    raise NotFound(f"there is no image {image_id}: it was deleted just now")
+                entries = self._with_names(entries, names, image_id, [name], default=False)
+                names[name] = image_id
+            if entries != list(catalog.entries):
+                self._write_locked(catalog, entries)
+
     def delete(self, ref: str, user_of: Callable[[str], str | None]) -> list[Digest]:
         """Takes the image away, with what only it used. Gives its diff_ids.
 
@@ -345,12 +368,7 @@ class Images:
 
     def require_free(self, names: Sequence[str]) -> None:
         """Raises Exists if one of `names` cannot be given because of where it would lie."""
-        self._require_places(names, self.catalog().names)
-
-    def _require_places(self, names: Sequence[str], taken: Mapping[str, str]) -> None:
-        beside = {**taken, **dict.fromkeys(names, "")}
-        for name in names:
-            _require_free(name, beside, "", replace_other=True)
+        require_places(names, self.catalog().names)
 
     def changing(self, loose: Loose) -> AbstractContextManager[None]:
         """Around several renames: whatever ends them, an error or a crash, what is unreferenced then goes."""
@@ -458,7 +476,7 @@ class Images:
         *,
         default: bool = True,
     ) -> list[Entry]:
-        self._require_places(names, taken)
+        require_places(names, taken)
         wanted = list(dict.fromkeys(names))
         if default and DEFAULT_TAG not in taken and not _is_above(DEFAULT_TAG, (*taken, *wanted)):
             wanted.append(DEFAULT_TAG)
@@ -519,6 +537,13 @@ def _above(name: str | None, named: Container[str]) -> bool:
 
 def _is_above(name: str, others: Iterable[str]) -> bool:
     return any(other.startswith(f"{name}/") for other in others)
+
+
+def require_places(names: Iterable[str], taken: Iterable[str]) -> None:
+    """Raises Exists if one of `names` would lie below or above another, also of `taken`."""
+    beside = dict.fromkeys([*taken, *names], "")
+    for name in names:
+        _require_free(name, beside, "", replace_other=True)
 
 
 def _require_free(name: str, names: Mapping[str, str], image_id: str, replace_other: bool) -> None:

@@ -8,16 +8,17 @@ changes no name:
   the image is imported, from those blobs and the store's.
 * A name that leads elsewhere: the image is tagged.
 * A name that is missing: it is taken away. The image stays, as it does after ``rm images/NAME``.
+
+All names change in one step.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from . import errors, oci
-from .images import INDEX_MAX
+from .images import INDEX_MAX, require_places
 from .layout import ANNOTATION_NAME, DEFAULT_TAG, OCI_LAYOUT_VERSION
 from .names import digest_hex, parse_digest, parse_image_name
 from .nodes import Digest
@@ -58,9 +59,16 @@ def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: K
     known = {entry.raw.get("digest"): entry.image_id for entry in now.entries}
     ids: dict[Digest, str | None] = {}
     """By digest of the descriptor; None: its image is broken."""
-    for name in map(_name_of, wanted):
-        if name is not None and name not in now.names:
+    given = [name for name in map(_name_of, wanted) if name is not None]
+    taken_away = {
+        name: owner
+        for name, owner in base.names.items()
+        if name not in given and now.names.get(name) == owner
+    }
+    for name in given:
+        if name not in now.names:
             parse_image_name(name)
+    require_places(given, now.names.keys() - taken_away.keys())
     for descriptor in wanted:
         if descriptor.digest in ids:
             continue
@@ -70,21 +78,13 @@ def apply_index(store: Store, data: bytes, staged: Mapping[Digest, str], base: K
         if is_new or not staged.keys().isdisjoint(_blobs(descriptor, image)):
             image_id = _import(store, descriptor, staged).id
         ids[descriptor.digest] = image_id
-    below_default = any((_name_of(one) or "").startswith(f"{DEFAULT_TAG}/") for one in wanted)
-    if below_default and DEFAULT_TAG not in now.names:
-        with contextlib.suppress(errors.NotFound):
-            store.untag(DEFAULT_TAG)  # the first image got it, as it came without its name
-    names: dict[str, str] = {}
-    for descriptor in wanted:
-        name, image_id = _name_of(descriptor), ids[descriptor.digest]
-        if name is not None and image_id is not None:
-            names[name] = image_id
-            if base.names.get(name) != image_id:
-                store.tag(image_id, name, replace=True)
-    for name in base.names.keys() - set(map(_name_of, wanted)):
-        if now.names.get(name) == base.names[name]:
-            with contextlib.suppress(errors.NotFound):  # another took it away just now
-                store.untag(name)
+    if any(name.startswith(f"{DEFAULT_TAG}/") for name in given) and DEFAULT_TAG not in now.names:
+        # The first image got it, as it came without its name.
+        taken_away |= {DEFAULT_TAG: store.catalog().names.get(DEFAULT_TAG, "")}
+    pairs = [(_name_of(descriptor), ids[descriptor.digest]) for descriptor in wanted]
+    names = {name: image_id for name, image_id in pairs if name is not None and image_id is not None}
+    changed = {name: owner for name, owner in names.items() if base.names.get(name) != owner}
+    store.change_names(changed, taken_away)
     return Known(frozenset(ids), names)
 
 

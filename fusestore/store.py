@@ -22,7 +22,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -279,6 +279,16 @@ class Store:
         """Raises NotFound, BadName; Exists if `new` is taken, unless `replace`."""
         self._images.rename_tag(old, new, replace_other=replace)
         self._mounts.announce(Changed("images", old))
+
+    def change_names(self, given: Mapping[str, str], taken_away: Mapping[str, str]) -> None:
+        """All of it in one step, or nothing. Both: name → id of an image.
+
+        Those of `given` are the images', whoever had them; those of `taken_away` go where they are still that
+        image's. Raises NotFound, BadName, Exists.
+        """
+        self._images.change_names(given, taken_away)
+        for name in {**given, **taken_away}:
+            self._mounts.announce(Changed("images", name))
 
     def delete_image(self, ref: str) -> None:
         """Takes an image away, with what only it used. Raises NotFound; Busy while a container uses it."""

@@ -393,6 +393,19 @@ def test_an_index_that_leads_to_no_manifest_is_refused(fresh: Mount) -> None:
     assert len(json.loads(fresh.sh("cat views/oci/index.json").ok())["manifests"]) == 2
 
 
+@pytest.mark.parametrize("name", ["busybox/below", "a/../b", "x/y"])
+def test_an_index_with_a_name_that_cannot_be_changes_nothing(fresh: Mount, name: str) -> None:
+    index = json.loads(fresh.sh("cat views/oci/index.json").ok())
+    for new in ("fine", "x", name):
+        annotations = {"org.opencontainers.image.ref.name": new}
+        index["manifests"].append({**index["manifests"][0], "annotations": annotations})
+    names = fresh.sh("ls images").ok()
+    result = fresh.sh(_WRITE_INDEX, json.dumps(index))
+    assert result.code != 0
+    assert fresh.sh("ls images").ok() == names
+    assert len(json.loads(fresh.sh("cat views/oci/index.json").ok())["manifests"]) == 2
+
+
 def test_what_was_written_and_never_used_is_gone_with_the_mount(fresh: Mount) -> None:
     fresh.sh("head -c 1000000 /dev/zero > views/oci/left").ok()
     assert list((fresh.store / "tmp").glob("*/*")) == []
