@@ -25,7 +25,7 @@ below it (setup.cfg, checked by import-linter)::
     hydration               layers uncompressed on disk: what that takes, made, given back
     export                  a container's tree, or its changes, as a tar
     changes                 what a container changed in its image
-    drivers                 how a rootfs comes into the tree: union, erofs
+    drivers                 how a rootfs comes into the tree: union, erofs, overlay
     kernelrootfs            a rootfs that the kernel serves, mounted when somebody comes
     mounter                 the process that mounts for a daemon
     writable                changes in a rootfs: copy-up, whiteouts, renames

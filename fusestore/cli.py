@@ -216,8 +216,8 @@ def _options_of(plain_http: bool, authfile: str | None) -> "RegistryOptions":
 
 @_command
 @click.argument("mountpoint")
-@click.option("--driver", type=click.Choice(["auto", "union", "erofs"]), default="auto", show_default=True,
-              help="How rootfs is served; auto takes the fastest that works.")  # fmt: skip
+@click.option("--driver", type=click.Choice(["auto", "union", "erofs", "overlay"]), default="auto",
+              show_default=True, help="How rootfs is served; auto takes the fastest that works.")  # fmt: skip
 @click.option("--allow-other", is_flag=True, help="Let users other than you in.")
 @click.option("--allow-dev", is_flag=True, help="Let device nodes of images and containers act (root).")
 @click.option("--allow-suid", is_flag=True, help="Let their set-user-ID bits and capabilities act (root).")

@@ -3,6 +3,7 @@
 * **union**: the union in this process, over FUSE; for everyone, everywhere.
 * **erofs**: the kernel's overlayfs over an EROFS image, mounted on first use (`fusestore.kernelrootfs`); for
   root. What it cannot serve, the union does.
+* **overlay**: the same over the image's rootfs in this very mount; for root, be it of a user namespace.
 
 A driver makes the branches of the tree that serve file trees: containers' rootfs, workdir and rundir, and the
 images' own. They are made cheaply and open what they need on first use.
@@ -22,21 +23,20 @@ from .blobs import LayerReader
 from .errors import StoreUnusable
 from .images import Image
 from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
-from .kernelrootfs import KernelMounts, KernelRootfs
+from .kernelrootfs import ErofsMounts, KernelMounts, KernelRootfs, OverlayMounts
 from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
-from .mounts import BY_KERNEL
 from .nodes import Attr, Xattrs
 from .objects import Descriptors, Object
 from .rootfs import Opened, Opener, Rootfs
-from .scheme import Scheme, find_scheme
+from .scheme import Scheme, find_scheme, for_union_alone
 from .store import Store
 from .synthetic import SHARED_S, RootfsBranch
 from .union import LayerView, Lower
 from .upper import Upper
 from .writable import WritableRootfs
 
-__all__ = ["DRIVERS", "ErofsDriver", "UnionDriver", "snapshot"]
+__all__ = ["DRIVERS", "UnionDriver", "snapshot"]
 
 T = TypeVar("T")
 
@@ -70,8 +70,6 @@ class _NothingHeld:
 
 class UnionDriver:
     """The union in this process. One for a mount; `close` gives its scratch directories back."""
-
-    name = "union"
 
     def __init__(self, store: Store, inodes: Inodes) -> None:
         """Raises StoreUnusable where the store's files are kept in a way this process is not allowed."""
@@ -147,14 +145,14 @@ class UnionDriver:
         return Rootfs(self._inodes, self._descriptors, next(self._serials), parent, opener)
 
 
-class ErofsDriver(UnionDriver):
+class KernelDriver(UnionDriver):
     """The kernel serves containers, the union all else."""
 
-    name = BY_KERNEL
-
-    def __init__(self, store: Store, inodes: Inodes, mountpoint: str) -> None:
+    def __init__(
+        self, store: Store, inodes: Inodes, mountpoint: str, make_mounts: type[KernelMounts]
+    ) -> None:
         super().__init__(store, inodes)
-        self._mounts = KernelMounts(store, mountpoint, _descriptors())
+        self._mounts = make_mounts(store, mountpoint, _descriptors(), self._scheme)
 
     def close(self) -> None:
         self._mounts.mounter.close()
@@ -183,7 +181,7 @@ class ErofsDriver(UnionDriver):
             self._store,
             container_id,
             peek=opener.attr,
-            prepare_upper=lambda: opener.open().close(),
+            prepare_upper=opener.prepare_for_kernel,
             make_union=lambda: self._writable(parent, opener, made.label),
         )
         made.label = label
@@ -191,8 +189,9 @@ class ErofsDriver(UnionDriver):
 
 
 DRIVERS: dict[str, Callable[[Store, Inodes, str], UnionDriver]] = {
-    UnionDriver.name: lambda store, inodes, mountpoint: UnionDriver(store, inodes),
-    ErofsDriver.name: ErofsDriver,
+    "union": lambda store, inodes, mountpoint: UnionDriver(store, inodes),
+    "erofs": lambda store, inodes, mountpoint: KernelDriver(store, inodes, mountpoint, ErofsMounts),
+    "overlay": lambda store, inodes, mountpoint: KernelDriver(store, inodes, mountpoint, OverlayMounts),
 }
 """By name, made with the mount point; `auto` takes the first."""
 
@@ -325,6 +324,16 @@ class _ContainerOpener:
             os.close(directory)
         upper = self._driver.upper(root)
         return Opened(lower, readers, upper, lambda: os.close(root), upper.moved())
+
+    def prepare_for_kernel(self) -> str | None:
+        """Make the upper directory, and say why the kernel's overlayfs does not understand what is in it."""
+        opened = self.open()
+        try:
+            assert opened.upper is not None, "it was entered"
+            path = for_union_alone(opened.upper.root) if opened.upper.scheme.is_plain else None
+            return None if path is None else f"the kernel would misunderstand the xattrs of {path}"
+        finally:
+            opened.close()
 
     def _open_upper(self, directory: int, name: bytes, lower: Lower) -> int:
         """The upper directory: the root of the image copied up, where it is not there yet."""

@@ -1,4 +1,7 @@
-"""A container's rootfs that the kernel serves: overlayfs over an EROFS image, mounted on first use. Blocking.
+"""A container's rootfs that the kernel serves: overlayfs, mounted on first use. Blocking.
+
+Its lower layer is an EROFS image of the container's image (`ErofsMounts`), or what this mount itself shows of
+that (`OverlayMounts`).
 
 The kernel's mount lies over the directory ``rootfs`` of this mount, which is then only what a path leads
 through. How somebody who comes is led into it (fs/namei.c, fs/fuse/dir.c):
@@ -20,6 +23,7 @@ import errno
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
@@ -28,11 +32,12 @@ from .images import Image
 from .inodes import Branch, Closable, Inodes, Maybe, Node, Outward, Pending, Steps
 from .mounter import Mounter
 from .nodes import Attr
+from .scheme import Scheme
 from .store import Store
 from .synthetic import RootfsBranch
 from .syscalls import is_mounted, make_mount
 
-__all__ = ["KernelMounts", "KernelRootfs"]
+__all__ = ["ErofsMounts", "KernelMounts", "KernelRootfs", "OverlayMounts"]
 
 _log = logging.getLogger("fusestore")
 
@@ -43,17 +48,26 @@ _LEAVING_S = 1.0
 _POLL_S = 0.05
 
 
-class KernelMounts:
+class KernelMounts(ABC):
     """What the kernel has mounted for a daemon. `mount` is for threads, the rest for the event loop's."""
 
-    def __init__(self, store: Store, mountpoint: str, most: int) -> None:
+    def __init__(self, store: Store, mountpoint: str, most: int, scheme: Scheme) -> None:
         """`most`: how many containers may be mounted. Each takes a descriptor here and one of the mounter."""
         self.mounter = Mounter()
         self.entered: dict[KernelRootfs, None] = {}
         """What is mounted, the oldest first."""
         self._most = most
+        self._scheme = scheme
         self._store = store
         self._mountpoint = mountpoint
+
+    @abstractmethod
+    def make_ready(self, image: Image) -> None:
+        """What can take long: in a thread. Asks nothing of the mount; `mount` finds too what is wrong."""
+
+    @abstractmethod
+    def _lower(self, image: Image) -> tuple[str, Sequence[str] | None]:
+        """`lower` and `devices` of `Mounter.mount`. In a thread."""
 
     def place(self, container_id: str) -> str:
         """The directory that a container's rootfs is in this mount."""
@@ -72,10 +86,7 @@ class KernelMounts:
     def mount(self, container_id: str, image: Image, hold: Closable) -> "_Mounted":
         """Makes requests of the mount itself. `hold` is closed when it is unmounted. Raises OSError."""
         token, number = self.mounter.mount(
-            self.place(container_id),
-            self._store.metadata_image(image),
-            self._tars(image),
-            self._options(container_id),
+            self.place(container_id), *self._lower(image), self._options(container_id)
         )
         return _Mounted(self.mounter, token, number, hold, self._former(container_id))
 
@@ -98,6 +109,35 @@ class KernelMounts:
         """What overlayfs makes in its work directory for a mount, and leaves."""
         return f"{self._store.overlay_work_dir(container_id)}/work"
 
+    def _options(self, container_id: str) -> list[tuple[bytes, bytes | None]]:
+        """overlayfs.rst. index=off and metacopy=off: what the union reads too; redirect_dir=on: see upper.
+
+        With userxattr the kernel follows no redirects.
+        """
+        kept: tuple[bytes, bytes | None] = (b"redirect_dir", b"on")
+        if self._scheme is Scheme.PLAIN:
+            kept = (b"userxattr", None)
+        return [
+            (b"source", b"fusestore"),
+            (b"upperdir", _escaped(self._store.upper_dir(container_id))),
+            (b"workdir", _escaped(self._store.overlay_work_dir(container_id))),
+            kept,
+            (b"index", b"off"),
+            (b"metacopy", b"off"),
+            (b"xino", b"on"),
+        ]
+
+
+class ErofsMounts(KernelMounts):
+    """Over an EROFS image of the names, which leads into the layers' tars."""
+
+    def make_ready(self, image: Image) -> None:
+        """A million names take half a minute."""
+        self._store.metadata_image(image)
+
+    def _lower(self, image: Image) -> tuple[str, Sequence[str]]:
+        return self._store.metadata_image(image), self._tars(image)
+
     def _tars(self, image: Image) -> Sequence[str]:
         """Layers that are on disk uncompressed are read there, the others as this mount shows them."""
         shown = f"{self._mountpoint}/images/{image.id}/layers"
@@ -106,17 +146,15 @@ class KernelMounts:
             for number, layer in enumerate(image.layers)
         ]
 
-    def _options(self, container_id: str) -> list[tuple[bytes, bytes]]:
-        """overlayfs.rst. index=off and metacopy=off: what the union reads too; redirect_dir=on: see upper."""
-        return [
-            (b"source", b"fusestore"),
-            (b"upperdir", _escaped(self._store.upper_dir(container_id))),
-            (b"workdir", _escaped(self._store.overlay_work_dir(container_id))),
-            (b"redirect_dir", b"on"),
-            (b"index", b"off"),
-            (b"metacopy", b"off"),
-            (b"xino", b"on"),
-        ]
+
+class OverlayMounts(KernelMounts):
+    """Over the image's rootfs in this mount."""
+
+    def make_ready(self, image: Image) -> None:
+        pass
+
+    def _lower(self, image: Image) -> tuple[str, None]:
+        return f"{self._mountpoint}/images/{image.id}/rootfs", None
 
 
 class _Unmountable(NotSupported):
@@ -179,13 +217,13 @@ class KernelRootfs(Branch):
         store: Store,
         container_id: str,
         peek: Callable[[], Attr],
-        prepare_upper: Callable[[], object],
+        prepare_upper: Callable[[], str | None],
         make_union: Callable[[], RootfsBranch],
     ) -> None:
         """`outer` is what '..' of the root is. `peek`: the attributes of the root, before it is mounted.
 
-        `prepare_upper` makes the upper directory; `make_union` what serves a container that cannot be
-        mounted.
+        `prepare_upper` makes the upper directory, and says why the kernel cannot have it; `make_union` makes
+        what serves a container that cannot be mounted.
         """
         self.label = b""
         self._quota: int | None = None
@@ -205,8 +243,8 @@ class KernelRootfs(Branch):
         """Mounting or unmounting, which somebody does now."""
         self._failures: dict[int, tuple[FusestoreError, float]] = {}
         """By thread: why it could not be mounted, for its next walk, and until when that counts."""
-        self._has_image = False
-        """What takes long is done: there is an EROFS image, or cannot be."""
+        self._is_image_ready = False
+        """`KernelMounts.make_ready` was called."""
         self._is_detached = False
 
     @property
@@ -251,21 +289,21 @@ class KernelRootfs(Branch):
         self._quota = limit
 
     def before_enter(self) -> Maybe[None]:
-        return None if self._mounted is not None or self._has_image else self._before_enter()
+        return None if self._mounted is not None or self._is_image_ready else self._before_enter()
 
     def _before_enter(self) -> Steps[None]:
-        yield self._make_image
-        self._has_image = True
+        yield self._make_ready
+        self._is_image_ready = True
 
     def require_hope(self, pid: int) -> None:
         error, until = self._failures.pop(pid, (None, 0.0))
         if error is not None and time.monotonic() < until:
             raise error
 
-    def _make_image(self) -> None:
-        """In a thread; what it finds wrong `_mount` finds again. A million names take half a minute."""
+    def _make_ready(self) -> None:
+        """In a thread; what it finds wrong `_mount` finds again."""
         with suppress(FusestoreError, OSError):
-            self._store.metadata_image(self._store.image(self._store.container(self._id).image_id))
+            self._mounts.make_ready(self._store.image(self._store.container(self._id).image_id))
 
     def enter(self, pid: int) -> Maybe[RootfsBranch]:
         return self if self._mounted is not None else self._enter(pid)
@@ -357,7 +395,9 @@ class KernelRootfs(Branch):
             image_id = self._store.container(self._id).image_id
             if not image_id:
                 raise _Unmountable("it has no image yet")
-            self._prepare_upper()
+            objection = self._prepare_upper()
+            if objection:
+                raise _Unmountable(objection)
             mounted = self._mounts.mount(self._id, self._store.image(image_id), hold)
             stack.pop_all()
             return mounted

@@ -22,13 +22,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import pyfuse3
 import trio
 
-from .drivers import DRIVERS, ErofsDriver, UnionDriver
+from .drivers import DRIVERS, UnionDriver
 from .errors import BadInput, Busy, FusestoreError, NotPermitted
 from .fuse import Filesystem
 from .hydration import hydrate, hydration
 from .inodes import Inodes
 from .mountpoint import MountOptions, attach, detach, device_at
-from .mounts import BELL_MAX, HOW_ARE_YOU, IDLE, Changed, MountRecord
+from .mounts import BELL_MAX, BY_KERNEL, HOW_ARE_YOU, IDLE, Changed, MountRecord
 from .store import Store
 from .synthetic import Owner
 from .syscalls import syncfs
@@ -135,8 +135,10 @@ def run(
     chosen = next(iter(DRIVERS)) if driver == "auto" else driver
     if chosen not in DRIVERS:
         raise BadInput(f"no driver {driver}: use auto, {', '.join(DRIVERS)}")
-    if chosen == ErofsDriver.name and os.geteuid():
-        raise NotPermitted("only root can have the kernel mount: use --driver union")
+    if chosen in BY_KERNEL and os.geteuid():
+        raise NotPermitted(
+            "only root can have the kernel mount: use --driver union, or overlay in `unshare -Urm`"
+        )
     _log.info("driver %s (asked for: %s)", chosen, driver)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -178,9 +180,10 @@ def _require_alone(store: Store, record: MountRecord) -> None:
     overlayfs.rst: what else changes an upper directory has undefined behavior.
     """
     for other in store.mounts():
-        if other.bell_name != record.bell_name and ErofsDriver.name in (other.driver, record.driver):
+        by_kernel = BY_KERNEL & {other.driver, record.driver}
+        if other.bell_name != record.bell_name and by_kernel:
             raise Busy(
-                f"the store is mounted at {other.mountpoint} too, and by {ErofsDriver.name} it can be "
+                f"the store is mounted at {other.mountpoint} too, and by {min(by_kernel)} it can be "
                 f"mounted once: fusestore umount {other.mountpoint}"
             )
 

@@ -88,15 +88,20 @@ class Mounter:
         self._post("walk_soon", os.fsencode(path))
 
     def mount(
-        self, place: str, image: str, tars: Sequence[str], options: Sequence[tuple[bytes, bytes]]
+        self,
+        place: str,
+        lower: str,
+        devices: Sequence[str] | None,
+        options: Sequence[tuple[bytes, bytes | None]],
     ) -> tuple[int, int]:
-        """Mount overlayfs over the directory `place`, its lower layer the EROFS image with devices `tars`.
+        """Mount overlayfs over the directory `place`, its lower layer the EROFS image `lower` with `devices`.
 
-        The image is mounted once for all that use it with the same tars. `options` are overlayfs's other
-        ones. What `unmount` takes, and the mount's `mount_number`. Raises OSError.
+        The image is mounted once for all that use it with the same devices. Without devices `lower` is a
+        directory. `options` are overlayfs's other ones. What `unmount` takes, and the mount's `mount_number`.
+        Raises OSError.
         """
-        devices = [os.fsencode(tar) for tar in tars]
-        token, number = self._call("mount", os.fsencode(place), os.fsencode(image), devices, options)
+        tars = None if devices is None else [os.fsencode(device) for device in devices]
+        token, number = self._call("mount", os.fsencode(place), os.fsencode(lower), tars, options)
         return token, number
 
     def unmount(self, token: int) -> None:
@@ -168,7 +173,7 @@ class _Image:
 class _Mounted:
     """A container's mount, over the directory that the descriptor `directory` is of."""
 
-    def __init__(self, directory: int, image: "_Source") -> None:
+    def __init__(self, directory: int, image: "_Source | None") -> None:
         self.lock = threading.Lock()
         """Held while it is unmounted."""
         self.directory = directory
@@ -206,14 +211,23 @@ class _Worker:
                     self.walk_to(path)
 
     def mount(
-        self, place: bytes, image: bytes, tars: list[bytes], options: list[tuple[bytes, bytes]]
+        self,
+        place: bytes,
+        lower_path: bytes,
+        devices: list[bytes] | None,
+        options: list[tuple[bytes, bytes | None]],
     ) -> tuple[int, int]:
-        with contextlib.ExitStack() as stack:
+        source: _Source | None = None
+        with contextlib.ExitStack() as meanwhile, contextlib.ExitStack() as stack:
             directory = os.open(place, _DIRECTORY_FLAGS)
             stack.callback(os.close, directory)
-            source = (image, *tars)
-            lower = self._take(source)
-            stack.callback(self._drop, source)
+            if devices is None:
+                lower = os.open(lower_path, _DIRECTORY_FLAGS)
+                meanwhile.callback(os.close, lower)  # overlayfs has a mount of its own of it
+            else:
+                source = (lower_path, *devices)
+                lower = self._take(source)
+                stack.callback(self._drop, source)
             given = [(b"lowerdir+", b"/proc/self/fd/%d" % lower), *options]
             # Device nodes and set-user-ID bits act there as they do in the mount around it.
             shut = os.fstatvfs(directory).f_flag
@@ -247,7 +261,8 @@ class _Worker:
             with self._lock:
                 del self._mounted[token]
             os.close(mounted.directory)
-        self._drop(mounted.image)
+        if mounted.image is not None:
+            self._drop(mounted.image)
 
     def _take(self, source: _Source) -> int:
         path, *tars = source

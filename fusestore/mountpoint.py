@@ -239,7 +239,7 @@ def unmount(store: Store, mountpoint: str) -> None:
         if record is not None and process >= 0:
             device = device_at(real)
             if device is not None:
-                _leave(store, real, _PATIENCE_S if record.driver == BY_KERNEL else 0)
+                _leave(store, real, _PATIENCE_S if record.driver in BY_KERNEL else 0)
             _wait_for_end(store, real, device, record.pid, process)
         elif not _clear_dead(mountpoint):
             raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")

@@ -47,8 +47,8 @@ BELL_MAX = 1 << 12
 HOW_ARE_YOU = b"?"
 """Said at a bell: the answer is a JSON object, what `fusestore status` shows."""
 
-BY_KERNEL = "erofs"
-"""The driver of mounts inside which the kernel has more mounted."""
+BY_KERNEL = frozenset(["erofs", "overlay"])
+"""The drivers of mounts inside which the kernel has more mounted."""
 
 IDLE = "idle"
 """Said before a change: a container (all of them for "") is to be let go if it is idle."""
@@ -192,7 +192,7 @@ class Mounts:
 
     def ask_to_leave(self, container_id: str) -> None:
         """Have every other mount let go of a container, or of all for "", where it is idle."""
-        bells = [record.bell_name for record in self.live() if record.driver == BY_KERNEL]
+        bells = [record.bell_name for record in self.live() if record.driver in BY_KERNEL]
         self._ring_at(bells, Changed(IDLE, container_id))
 
     def _ring_at(self, bells: Collection[str], changed: Changed) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "Scheme",
     "bad_records",
     "find_scheme",
+    "for_union_alone",
     "get_xattr",
     "is_own",
     "proc_path",
@@ -177,6 +178,24 @@ def _is_understood(path: bytes, real_mode: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def for_union_alone(root: int) -> str | None:
+    """PLAIN: the first path at or below `root`, "." for itself, that the kernel's overlayfs misunderstands.
+
+    With userxattr that follows no redirects, and records and xattrs of other names say nothing to it.
+    """
+    if _says_more(proc_path(root) + b"/."):
+        return "."
+    for met in walk(root):
+        if _says_more(proc_path(met.directory) + b"/" + os.fsencode(met.name)):
+            return "/".join((*met.above, met.name))
+    return None
+
+
+def _says_more(path: bytes) -> bool:
+    names = map(os.fsencode, os.listxattr(path, follow_symlinks=False))
+    return any(name.startswith(_OWN) or name == Scheme.PLAIN.prefix + b"redirect" for name in names)
 
 
 def proc_path(fd: int) -> bytes:

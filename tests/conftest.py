@@ -130,10 +130,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def person(request: pytest.FixtureRequest) -> Person:
-    """Root, root with the driver erofs, or a plain user, able to run the installed command and to mount."""
-    if request.param in ("root", "erofs"):
+    """Root (by the name of a driver with that), or a plain user: able to run the command and to mount."""
+    if request.param != "user":
         need("root", os.geteuid() == 0, "run the tests as root to test root's mounts")
-        found = replace(root(), driver="union" if request.param == "root" else "erofs")
+        found = replace(root(), driver="union" if request.param == "root" else request.param)
     else:
         found = plain_user()
         why = f"{found.name} cannot run the installed fusestore: put it and its Python where all may read"

@@ -18,7 +18,7 @@ from rig.snapshot import differences, snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs")
+PERSONS = ("root", "user", "erofs", "overlay")
 
 CHANGED = """
 C /lower

@@ -1,6 +1,6 @@
 """Containers that the kernel serves: how one comes in, who may take them away, and what a crash leaves.
 
-That they are what the union shows the other files of this directory test, with `person` "erofs".
+That they are what the union shows the other files of this directory test, with `person` "erofs" or "overlay".
 """
 
 import errno
@@ -17,7 +17,9 @@ from rig.mounts import Mount, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("erofs",)
+PERSONS = ("erofs", "overlay")
+
+by_erofs = pytest.mark.parametrize("person", ["erofs"], indirect=True)
 
 FIRST_STEPS = {
     "stat": "stat $1/etc/hostname",
@@ -92,21 +94,26 @@ def test_umount_while_somebody_enters_is_done_or_refused(fresh: Mount) -> None:
         for number in {1..5}; do
             for one in {1..5}; do cat $1/containers/c$one/rootfs/etc/hostname & done > /dev/null 2>&1
             until fusestore umount $1 2> $2; do grep -q busy $2 || cat $2; wait; done
-            wait; fusestore mount --driver erofs $1
+            wait; fusestore mount --driver $3 $1
         done
     """
     fresh.sh("mkdir containers/c{1..5}").ok()
-    assert fresh.sh(script, fresh.mountpoint, fresh.base / "said", deadline_s=240).ok() == ""
+    assert (
+        fresh.sh(script, fresh.mountpoint, fresh.base / "said", fresh.person.driver, deadline_s=240).ok()
+        == ""
+    )
     assert fresh.sh("cat containers/c{1..5}/rootfs/etc/hostname | sort -u").ok() == "busybox\n"
 
 
-@pytest.mark.parametrize("drivers", [("erofs", "union"), ("union", "erofs"), ("erofs", "erofs")])
-def test_a_store_is_mounted_by_the_kernel_only_once(unmounted: Mount, drivers: tuple[str, str]) -> None:
+@pytest.mark.parametrize("others", [("", "union"), ("union", ""), ("", "")], ids=repr)
+def test_a_store_is_mounted_by_the_kernel_only_once(unmounted: Mount, others: tuple[str, str]) -> None:
+    own = unmounted.person.driver
+    drivers = [other or own for other in others]
     second = unmounted.base / "second"
     second.mkdir()
     unmounted.fusestore("mount", "--driver", drivers[0], unmounted.mountpoint).ok()
     refused = unmounted.fusestore("mount", "--driver", drivers[1], second)
-    assert (refused.code, "by erofs it can be mounted once" in refused.err) == (1, True)
+    assert (refused.code, f"by {own} it can be mounted once" in refused.err) == (1, True)
     assert not os.path.ismount(second)
     unmounted.sh("mkdir containers/c; cat containers/c/rootfs/etc/hostname").ok()
 
@@ -153,8 +160,8 @@ def test_starting_and_stopping_leave_the_mount_to_who_is_in_it(fresh: Mount) -> 
 
 def test_few_descriptors_serve_many_containers(unmounted: Mount) -> None:
     """The oldest are unmounted where nobody is in them."""
-    script = "ulimit -n 256; exec fusestore mount --driver erofs $1"
-    unmounted.person.run("bash", "-c", script, "bash", unmounted.mountpoint, env=unmounted.environment).ok()
+    words = ("ulimit -n 256; exec fusestore mount --driver $1 $2", "bash", unmounted.person.driver)
+    unmounted.person.run("bash", "-c", *words, unmounted.mountpoint, env=unmounted.environment).ok()
     looks = """
         for i in {1..80}; do mkdir containers/$i && echo $i > containers/$i/rootfs/id || exit 1; done
         cat containers/{1..4}/rootfs/id | wc -l
@@ -230,6 +237,7 @@ def test_a_container_waits_for_who_is_left_in_a_lost_mount(
 
 
 @pytest.mark.parametrize("image", ["busybox", "debian", "corners"])
+@by_erofs
 def test_check_repairs_the_image_of_names_that_the_kernel_has(
     fresh: Mount, images: Images, image: str
 ) -> None:
@@ -259,10 +267,15 @@ def test_nobody_hangs_when_the_daemon_is_killed_as_they_enter(fresh: Mount) -> N
     fresh.fusestore("check").ok()
 
 
-def test_link_counts_sizes_and_o_direct_are_overlayfs_own(fresh: Mount) -> None:
+def test_link_counts_and_sizes_are_overlayfs_own(fresh: Mount) -> None:
     fresh.sh("mkdir containers/c").ok()
     links, size = fresh.sh("stat -c '%h %s' containers/c/rootfs").ok().split()
     assert links == "1" and int(size) > 0
+
+
+@by_erofs
+def test_o_direct_is_for_files_that_were_written_to(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c").ok()
     result = fresh.sh("dd if=containers/c/rootfs/etc/hostname iflag=direct of=/dev/null")
     result.fails_with(errno.EINVAL)
 
@@ -304,6 +317,30 @@ def test_a_container_without_an_image_is_the_unions(fresh: Mount) -> None:
     assert fresh.sh("cat containers/c/rootfs/x").ok() == "x\n"
     assert _overlays(fresh) == []
     assert "container c is served by the union: it has no image yet" in fresh.log()
+
+
+def test_of_a_plain_users_store_the_kernel_has_what_it_understands(unmounted: Mount) -> None:
+    (unmounted.store / "scheme").write_text("plain\n")
+    unmounted.mount()
+    changes = """
+        mkdir containers/a containers/b
+        cd containers/a/rootfs; rm -r etc; mkdir etc; echo new > etc/new; rm bin/vi; chown 12 tmp
+    """
+    unmounted.sh(changes).ok()
+    assert len(_overlays(unmounted)) == 1
+    look = "cd containers/a/rootfs; find . -printf '%p %M %U %s\n' | sort | grep -v ' d'"
+    shown = unmounted.sh(look).ok()
+    unmounted.umount()
+    unmounted.fusestore("mount", "--driver", "union", unmounted.mountpoint).ok()
+    assert unmounted.sh(look).ok() == shown
+    unmounted.sh("chown 12 containers/a/rootfs/etc/new; touch containers/b/rootfs/root").ok()
+    unmounted.umount()
+    unmounted.mount()
+    assert unmounted.sh(
+        "stat -c %u containers/a/rootfs/etc/new; ls containers/b/rootfs/etc"
+    ).ok().split() == [*["12", "hostname", "passwd"]]
+    assert _overlays(unmounted) == [f"{unmounted.containers}/b/rootfs"]
+    assert "a is served by the union: the kernel would misunderstand the xattrs of etc/new" in unmounted.log()
 
 
 @pytest.mark.parametrize("person", ["user"], indirect=True)

@@ -14,7 +14,7 @@ from rig.snapshot import snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs")
+PERSONS = ("root", "user", "erofs", "overlay")
 
 
 def _id(mount: Mount, name: str) -> str:

@@ -11,7 +11,7 @@ from rig.mounts import Mount
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs")
+PERSONS = ("root", "user", "erofs", "overlay")
 
 
 def _read(mount: Mount, container: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rig.mounts import Mount
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs")
+PERSONS = ("root", "user", "erofs", "overlay")
 
 both = pytest.mark.parametrize("directory", ["workdir", "rundir"])
 

@@ -107,7 +107,7 @@ class Mount(Place):
 
     def refusal_of(self, part: str) -> int:
         """How removing or renaming a part of a container fails: the kernel says it where it mounted one."""
-        return errno.EBUSY if part == "rootfs" and self.person.driver == "erofs" else errno.EPERM
+        return errno.EBUSY if part == "rootfs" and self.person.has_kernel_mounts else errno.EPERM
 
     def new_id(self) -> str:
         """An id for a container that no other test has."""

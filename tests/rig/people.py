@@ -64,6 +64,11 @@ class Person:
     driver: str = "union"
     """Of the mounts that this person makes."""
 
+    @property
+    def has_kernel_mounts(self) -> bool:
+        """Containers are the kernel's overlayfs (README, "Which driver, when")."""
+        return self.driver != "union"
+
     rescue: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
     """Called before a late child is killed."""
 

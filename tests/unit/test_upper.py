@@ -13,9 +13,10 @@ from rig.deep import deepen, few_descriptors
 from rig.people import Person
 from rig.requirements import need
 
+from fusestore.acl import DEFAULT
 from fusestore.errors import NoAttribute, NotPermitted, StoreDamaged
 from fusestore.nodes import Attr
-from fusestore.scheme import RECORD, Scheme, bad_records, find_scheme
+from fusestore.scheme import RECORD, Scheme, bad_records, find_scheme, for_union_alone
 from fusestore.union import UpperEntry
 from fusestore.upper import Birth, Upper
 
@@ -575,6 +576,27 @@ def test_a_plain_user_can_do_all_of_it(plain: Place) -> None:
         (stat.S_IFREG | 0o4000, 0, 0, 2),
     ]
     assert _is_whiteout(plain.path / "file") and _is_whiteout(plain.path / "symlink")
+
+
+FOR_THE_UNION_ALONE = {
+    "an owner": lambda upper, fd: upper.chown(fd, 12, 34),
+    "an attribute": lambda upper, fd: upper.set_xattr(fd, b"security.x", b"1"),
+    "an ACL": lambda upper, fd: upper.set_xattr(fd, DEFAULT, b""),
+    "a renamed directory": lambda upper, fd: upper.set_redirect(fd, b"/etc"),
+}
+
+
+@pytest.mark.parametrize("what", FOR_THE_UNION_ALONE)
+def test_what_the_kernel_would_misunderstand_is_named(plain: Place, what: str) -> None:
+    outer = plain.directory(b"outer")
+    assert for_union_alone(plain.root) is None
+    plain.upper.make_directory(outer, b"inner", Birth(stat.S_IFDIR | 0o755, 0, 0), replaces=False)
+    fd = plain.upper.open(outer, b"inner")
+    plain.upper.set_opaque(fd)
+    plain.upper.set_xattr(fd, b"user.x", b"1")
+    assert for_union_alone(plain.root) is None
+    FOR_THE_UNION_ALONE[what](plain.upper, fd)
+    assert for_union_alone(plain.root) == "outer/inner"
 
 
 def test_bad_records_are_found_at_any_depth(plain: Place) -> None:
