@@ -51,7 +51,7 @@ below it (setup.cfg, checked by import-linter)::
     erofs                   a tree → an EROFS image
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
     metadata                the rules of metadata.json     oci           manifests and configs
-                                                           imageconfig   what a commit changes in a config
+                                                           imageconfig   what an image runs; commit
                                                            runtimespec   a config.json for runtimes
     tarwriter               the writer of tars         tarsplit      a tar as podman keeps it
     synthetic               made-up objects of the tree

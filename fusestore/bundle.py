@@ -8,11 +8,11 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Mapping
 from typing import Any
 
 from .drivers import snapshot
 from .errors import BadInput, Exists, NotFound
+from .imageconfig import settings_of
 from .inodes import run
 from .objects import Object
 from .rootfs import Rootfs
@@ -21,20 +21,12 @@ from .store import Store
 
 __all__ = ["write_bundle"]
 
+_FIELDS = ("User", "Entrypoint", "Cmd", "Env", "WorkingDir", "Labels")
+"""Of an image's config, all that a bundle is made of."""
 _FILE_MAX = 16 << 20
 """Bytes of passwd and group."""
 _LINKS_MAX = 40
 """As the kernel follows (path_resolution(7))."""
-_FIELDS: Mapping[str, type] = {
-    "User": str,
-    "Entrypoint": list,
-    "Cmd": list,
-    "Env": list,
-    "WorkingDir": str,
-    "Labels": dict,
-}
-"""Of an image's config, all that a bundle is made of."""
-_KINDS: Mapping[type, str] = {str: "text", list: "list of texts", dict: "object of texts"}
 
 
 def write_bundle(
@@ -51,7 +43,7 @@ def write_bundle(
         raise NotFound(f"no mount of {store.path} is live: run fusestore mount MOUNTPOINT first")
     settings: dict[str, Any] = {}
     if container.image_id:
-        settings = _settings_of(store.image_config(store.image(container.image_id)))
+        settings = settings_of(store.image_config(store.image(container.image_id)), _FIELDS)
     is_rootless = os.geteuid() != 0
     user = User() if is_rootless else _user_of(store, container.id, settings.get("User") or "")
     spec = make_spec(
@@ -71,20 +63,6 @@ def write_bundle(
             file.write("\n")
     except FileExistsError:
         raise Exists(f"{path} is there already: remove it, or name another directory") from None
-
-
-def _settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bundle is made of in an image's config (image-spec, config.md). Raises BadInput."""
-    settings = config.get("config") or {}
-    if not isinstance(settings, dict):
-        raise BadInput("config in the image's config is no object: mend the image")
-    found = {name: settings[name] for name in _FIELDS if settings.get(name) is not None}
-    for name, value in found.items():
-        kind = _FIELDS[name]
-        members = [*value, *value.values()] if isinstance(value, dict) else value
-        if not isinstance(value, kind) or not all(isinstance(member, str) for member in members):
-            raise BadInput(f"{name} in the image's config is no {_KINDS[kind]}: mend the image")
-    return found
 
 
 def _user_of(store: Store, container_id: str, text: str) -> User:

@@ -1,4 +1,4 @@
-"""The config of an image, as a commit changes it. Pure.
+"""The config of an image: what containers are run by, and as a commit changes it. Pure.
 
 Changes are the instructions of a Dockerfile that set something in the config, as podman, buildah and docker
 take them: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, ONBUILD, STOPSIGNAL, USER, VOLUME, WORKDIR. The
@@ -8,35 +8,72 @@ fields are those of the OCI image-spec (config.md); ONBUILD's is Docker's.
 import json
 import posixpath
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import BadInput
 from .nodes import Digest
 
-__all__ = ["extend", "parse"]
+__all__ = ["extend", "parse", "settings_of"]
 
 Config = dict[str, Any]
 
+_FIELDS: Mapping[str, type] = {
+    "User": str,
+    "ExposedPorts": dict,
+    "Env": list,
+    "Entrypoint": list,
+    "Cmd": list,
+    "Volumes": dict,
+    "WorkingDir": str,
+    "Labels": dict,
+    "StopSignal": str,
+    "OnBuild": list,
+}
+_KINDS: Mapping[type, str] = {str: "text", list: "list of texts", dict: "object of texts"}
+_SETS = ("ExposedPorts", "Volumes")
+"""Objects of which the names alone count."""
+
+
+def settings_of(config: Config, names: Iterable[str] = tuple(_FIELDS)) -> Config:
+    """What ``config`` in an image's config says (image-spec, config.md), null left out. Raises BadInput.
+
+    Only the fields `names` are looked into.
+    """
+    settings = config.get("config") or {}
+    if not isinstance(settings, dict):
+        raise BadInput("config in the image's config is no object: mend the image")
+    found = {name: value for name, value in settings.items() if value is not None}
+    for name in names:
+        kind = _FIELDS[name]
+        value = found.get(name, kind())
+        members = [*value, *value.values()] if isinstance(value, dict) and name not in _SETS else value
+        if not isinstance(value, kind) or not all(isinstance(member, str) for member in members):
+            raise BadInput(f"{name} in the image's config is no {_KINDS[kind]}: mend the image")
+    return found
+
 
 def extend(config: Config, diff_id: Digest | None, history: Config) -> None:
-    """One more step of the image: a layer, or, without one, only an entry of its history."""
+    """One more step of the image: a layer, or, without one, only an entry of its history. Raises BadInput."""
+    former = config.get("history") or []
+    if not isinstance(former, list):
+        raise BadInput("history in the image's config is no list: mend the image")
     rootfs = config["rootfs"] = {"type": "layers", **(config.get("rootfs") or {})}
     diff_ids = list(rootfs.get("diff_ids") or ())
     rootfs["diff_ids"] = diff_ids if diff_id is None else [*diff_ids, diff_id]
     step = history if diff_id is not None else {**history, "empty_layer": True}
-    config["history"] = [*(config.get("history") or ()), step]
+    config["history"] = [*former, step]
     config["created"] = history["created"]
     if "author" in history:
         config["author"] = history["author"]
 
 
 def parse(changes: Sequence[str]) -> Callable[[Config], None]:
-    """What these instructions do to a config. Raises BadInput."""
+    """What these instructions do to a config. Raises BadInput, and that does too."""
     steps = [_parse_one(change) for change in changes]
 
     def apply(config: Config) -> None:
-        settings = config["config"] = dict(config.get("config") or {})
+        settings = config["config"] = settings_of(config)
         for step in steps:
             step(settings)
 
@@ -80,9 +117,7 @@ def _workdir(text: str) -> Callable[[Config], None]:
     path = _unquoted(text)
 
     def apply(settings: Config) -> None:
-        settings["WorkingDir"] = posixpath.normpath(
-            posixpath.join("/", settings.get("WorkingDir") or "", path)
-        )
+        settings["WorkingDir"] = posixpath.normpath(posixpath.join("/", settings.get("WorkingDir", ""), path))
 
     return apply
 
@@ -91,7 +126,7 @@ def _env(text: str) -> Callable[[Config], None]:
     pairs = _pairs(text, "ENV")
 
     def apply(settings: Config) -> None:
-        kept = [entry for entry in settings.get("Env") or () if entry.partition("=")[0] not in pairs]
+        kept = [entry for entry in settings.get("Env", ()) if entry.partition("=")[0] not in pairs]
         settings["Env"] = [*kept, *(f"{key}={value}" for key, value in pairs.items())]
 
     return apply
@@ -99,7 +134,7 @@ def _env(text: str) -> Callable[[Config], None]:
 
 def _labels(text: str) -> Callable[[Config], None]:
     pairs = _pairs(text, "LABEL")
-    return lambda settings: settings.__setitem__("Labels", {**(settings.get("Labels") or {}), **pairs})
+    return lambda settings: settings.__setitem__("Labels", {**settings.get("Labels", {}), **pairs})
 
 
 def _members(field: str) -> Callable[[str], Callable[[Config], None]]:
@@ -111,13 +146,13 @@ def _members(field: str) -> Callable[[str], Callable[[Config], None]]:
         if field == "ExposedPorts":
             names = [name if "/" in name else f"{name}/tcp" for name in names]
         members: dict[str, object] = {name: {} for name in names}
-        return lambda settings: settings.__setitem__(field, {**(settings.get(field) or {}), **members})
+        return lambda settings: settings.__setitem__(field, {**settings.get(field, {}), **members})
 
     return make
 
 
 def _onbuild(text: str) -> Callable[[Config], None]:
-    return lambda settings: settings.__setitem__("OnBuild", [*(settings.get("OnBuild") or ()), text])
+    return lambda settings: settings.__setitem__("OnBuild", [*settings.get("OnBuild", ()), text])
 
 
 _INSTRUCTIONS: dict[str, Callable[[str], Callable[[Config], None]]] = {

@@ -94,26 +94,9 @@ def test_what_is_no_passwd_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ("oops", "config in the image's config is no object: mend the image"),
-        (["oops"], "config in the image's config is no object"),
-        ({"Cmd": "sh"}, "Cmd in the image's config is no list of texts"),
-        ({"Cmd": {"sh": "-c"}}, "Cmd in the image's config is no list of texts"),
-        ({"Entrypoint": ["sh", 1]}, "Entrypoint in the image's config is no list of texts"),
-        ({"Env": [None]}, "Env in the image's config is no list of texts"),
-        ({"Env": 7}, "Env in the image's config is no list of texts"),
-        ({"User": 1000}, "User in the image's config is no text"),
-        ({"User": ["app"]}, "User in the image's config is no text"),
-        ({"WorkingDir": ["/"]}, "WorkingDir in the image's config is no text"),
-        ({"Labels": ["a"]}, "Labels in the image's config is no object of texts"),
-        ({"Labels": {"a": 1}}, "Labels in the image's config is no object of texts"),
-    ],
-)
-def test_what_is_no_config_is_refused(live: Store, tmp_path: Path, settings: object, said: str) -> None:
-    _container(live, tmp_path, {"etc/passwd": _PASSWD}, settings=settings)
-    with pytest.raises(BadInput, match=said):
+def test_what_is_no_config_is_refused(live: Store, tmp_path: Path) -> None:
+    _container(live, tmp_path, {"etc/passwd": _PASSWD}, settings={"Cmd": "sh"})
+    with pytest.raises(BadInput, match="Cmd in the image's config is no list of texts"):
         write_bundle(live, "c", str(tmp_path / "bundle"), ["sh"])
     assert not (tmp_path / "bundle").exists()
 
