@@ -376,6 +376,8 @@ class ContainerDir(Node):
         self.refresh()
         if self.is_mounted:
             raise errors.Busy(f"container {self.id} is started: stop it before you {what} it")
+        for part in self._parts.values():
+            part.rest()
         if self.is_in_use or self.around.store.is_held(self.id):
             raise errors.Busy(f"container {self.id} is in use: close what is open in it before you {what} it")
 

@@ -104,6 +104,9 @@ class UnionDriver:
         """The tree of these layers, bottom first: one object as long as somebody has it."""
         return self._lowers.setdefault(tuple(layers), Lower(layers))
 
+    def rest(self) -> None:
+        self._descriptors.rest()
+
     def approached(self, container_id: str, pid: int) -> None:
         pass
 

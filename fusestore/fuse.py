@@ -61,6 +61,7 @@ def _bounded(handler: Handler) -> Handler:
             try:
                 return await handler(self, *arguments)
             except Locked:
+                self.tree.rest()
                 return await _when_free(handler, (self, *arguments))
         except Exception as error:
             _report(kind, error)
@@ -125,6 +126,7 @@ class Filesystem(pyfuse3.Operations):
         if not isinstance(result, GeneratorType):
             return cast(T, result)
         self.waiting += 1
+        self.tree.rest()
         try:
             call = next(result)
             while True:

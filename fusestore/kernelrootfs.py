@@ -345,6 +345,9 @@ class KernelRootfs(Branch):
     def leave(self) -> Maybe[None]:
         return None if self._mounted is None and self._pending is None else self.leave_now()
 
+    def rest(self) -> None:
+        pass
+
     def leave_now(self) -> Steps[None]:
         """As `leave`."""
         while self._pending is not None:

@@ -85,10 +85,12 @@ class _RequestWait:
             self._poll.register(fd, select.POLLIN)
             self._fd = fd
         if time.monotonic() > self._slice_end:
+            self._filesystem.tree.rest()
             await trio.lowlevel.checkpoint()
             self._slice_end = time.monotonic() + _SLICE_S
         if self._poll.poll(0 if self._others_can_run() else _PATIENCE_MS):
             return
+        self._filesystem.tree.rest()
         async with self._lock:  # one task at a time may wait for a descriptor in trio
             while not self._is_closing:
                 await trio.lowlevel.wait_readable(fd)

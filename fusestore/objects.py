@@ -120,6 +120,9 @@ class Tree(Protocol):
     def give_up(self) -> bool:
         """Close all descriptors, to open them again when asked, if nothing is lost by it."""
 
+    def rest(self) -> None:
+        """Let the container be deleted, if nothing is open in it."""
+
 
 class Descriptors:
     """The objects with an open descriptor that can be opened again, the least recently used first."""
@@ -129,6 +132,7 @@ class Descriptors:
         self._capacity = capacity
         self._open: OrderedDict[Object, None] = OrderedDict()
         self._trees: OrderedDict[Tree, None] = OrderedDict()
+        self._idle: set[Tree] = set()
 
     def entered(self, tree: Tree) -> None:
         """`tree` holds a descriptor of its root now. Beyond half the capacity those give it up that can."""
@@ -143,6 +147,15 @@ class Descriptors:
     def left(self, tree: Tree) -> None:
         """`tree` holds none any more."""
         self._trees.pop(tree, None)
+
+    def idle(self, tree: Tree) -> None:
+        """Nothing is open in `tree` any more. It keeps its container until `rest`: most come back at once."""
+        self._idle.add(tree)
+
+    def rest(self) -> None:
+        """Have idle trees let go of their containers. To be called before anybody else gets to run."""
+        while self._idle:
+            self._idle.pop().rest()
 
     def used(self, thing: Object) -> None:
         """`thing` has a descriptor and it was just used; the one not used for longest may be closed."""

@@ -249,7 +249,7 @@ class Rootfs(Branch):
 
     def begin_use(self) -> None:
         """Something is opened. Raises Locked while the container is being deleted."""
-        if self._uses == 0:
+        if self._hold is None:
             self._hold = self._opener.hold()
         self._uses += 1
 
@@ -268,6 +268,10 @@ class Rootfs(Branch):
 
     def end_use(self) -> None:
         self._uses -= 1
+        if self._uses == 0:
+            self._descriptors.idle(self)
+
+    def rest(self) -> None:
         if self._uses == 0 and self._hold is not None:
             self._hold.close()
             self._hold = None

@@ -109,6 +109,10 @@ class RootfsBranch(Protocol):
         """Give back what is held though nobody is there. Raises Busy if somebody is, and it is held."""
         ...
 
+    def rest(self) -> None:
+        """Give back at once what is held only until the next request."""
+        ...
+
     def detach(self) -> None:
         """Give up all descriptors. Its nodes answer Stale from now on. Idempotent."""
         ...
@@ -118,6 +122,10 @@ class RootfsDriver(Protocol):
     """Makes what a rootfs is. All are cheap: what they return opens something on first use only."""
 
     def container_rootfs(self, container_id: str, parent: Node, label: bytes) -> RootfsBranch: ...
+
+    def rest(self) -> None:
+        """`RootfsBranch.rest` of all that hold something so."""
+        ...
 
     def approached(self, container_id: str, pid: int) -> None:
         """The thread `pid` makes or finds a container: it may come to its rootfs. Returns at once."""

@@ -77,7 +77,7 @@ class Tree:
         """`owner` is whose the made-up objects are; `deleted` is called when there is trash to empty."""
         self.inodes = Inodes()
         self.handles = Handles()
-        driver = make_driver(store, self.inodes)
+        self._driver = driver = make_driver(store, self.inodes)
         branch = _FixedDirectory(store, owner, ROOT_INODE, None, _ROOT_REFUSAL)
         self.root = branch.root
         self._images = ImageTree(store, self.inodes, driver, owner, self.root)
@@ -166,6 +166,10 @@ class Tree:
     def let_go(self, container_id: str) -> Maybe[None]:
         """Unmount the rootfs of a container, or of all for "", where nobody is in it."""
         return self._containers.let_go(container_id)
+
+    def rest(self) -> None:
+        """No request is being answered: whoever else runs now may find containers idle."""
+        self._driver.rest()
 
     def forget(self, counts: Iterable[tuple[int, int]]) -> list[int]:
         """`counts`: inode number, and by how much the kernel's count sinks.

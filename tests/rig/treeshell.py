@@ -66,6 +66,9 @@ class FakeRootfs(Branch):
     def enter(self, pid: int) -> "FakeRootfs":
         return self
 
+    def rest(self) -> None:
+        pass
+
     def leave(self) -> None:
         pass
 
@@ -114,6 +117,9 @@ class FakeDriver:
     def __init__(self, store: Store, inodes: Inodes) -> None:
         self._inodes = inodes
         self.made: list[FakeRootfs] = []
+
+    def rest(self) -> None:
+        pass
 
     def approached(self, container_id: str, pid: int) -> None:
         pass

@@ -25,6 +25,9 @@ class _LockedTree:
         self.times = times
         self.tries = 0
 
+    def rest(self) -> None:
+        pass
+
     def open(self, *_: object) -> tuple[int, FileHandle]:
         self.tries += 1
         if self.tries <= self.times:

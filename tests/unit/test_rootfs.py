@@ -14,7 +14,7 @@ from rig.pages import drop_pages
 from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
 from fusestore.errors import IsADirectory, NoAttribute, NotFound, QuotaExceeded, ReadOnly, Stale
-from fusestore.inodes import Branch, Changes, Inodes, Node, run
+from fusestore.inodes import Branch, Changes, FileHandle, Inodes, Node, run
 from fusestore.layer import LayerBuilder
 from fusestore.layerindex import LayerIndex
 from fusestore.nodes import Attr, Extent, Inode, TarEntry, Xattrs
@@ -515,6 +515,37 @@ def test_attributes_of_an_unopened_tree_are_read_in_a_step() -> None:
     with pytest.raises(StopIteration) as caught:
         steps.send(call())
     assert (opener.reads, caught.value.value.mode) == (2, rootfs.attr(rootfs.root).mode)
+
+
+def test_container_is_held_until_the_tree_rests_and_then_only_while_something_is_open() -> None:
+    class Held(_Images):
+        held: list[bool]
+
+        def hold(self) -> "_Images":
+            self.held.append(True)
+            return self
+
+        def close(self) -> None:
+            self.held.append(False)
+
+    opener = Held(layer(file(b"a", b"")))
+    opener.held = []
+    descriptors = Descriptors(100)
+    rootfs = Rootfs(Inodes(), descriptors, 0, Node(Branch(), Inode(1)), opener)
+    run(rootfs.prepare())
+
+    def opened() -> FileHandle:
+        return run(rootfs.open(rootfs.lookup(rootfs.root, b"a"), os.O_RDONLY, CALLER))
+
+    run(opened().close())
+    second = opened()
+    descriptors.rest()
+    assert opener.held == [True]
+    run(second.close())
+    assert opener.held == [True]
+    descriptors.rest()
+    descriptors.rest()
+    assert opener.held == [True, False]
 
 
 def test_peeked_attributes_give_way_to_those_of_a_tree_that_was_opened_meanwhile() -> None:
