@@ -69,6 +69,7 @@ class _RequestWait:
         self._poll = select.poll()
         self._fd = -1
         self._slice_end = 0.0
+        self._patience_ms = 0
         self._lock = trio.Lock()
         self._is_closing = False
         self.current_task = trio.lowlevel.current_task
@@ -87,8 +88,8 @@ class _RequestWait:
         if time.monotonic() > self._slice_end:
             self._filesystem.tree.rest()
             await trio.lowlevel.checkpoint()
-            self._slice_end = time.monotonic() + _SLICE_S
-        if self._poll.poll(0 if self._others_can_run() else _PATIENCE_MS):
+            self._begin_slice()
+        if self._poll.poll(0 if self._filesystem.waiting else self._patience_ms):
             return
         self._filesystem.tree.rest()
         async with self._lock:  # one task at a time may wait for a descriptor in trio
@@ -98,13 +99,13 @@ class _RequestWait:
                     break
             else:
                 raise trio.ClosedResourceError
-        self._slice_end = time.monotonic() + _SLICE_S
+        self._begin_slice()
 
-    def _others_can_run(self) -> bool:
-        if self._filesystem.waiting:
-            return True
-        statistics = trio.lowlevel.current_statistics()
-        return statistics.tasks_runnable > 0 or statistics.seconds_to_next_deadline < 2 * _PATIENCE_MS / 1000
+    def _begin_slice(self) -> None:
+        """Whoever can run already, or within the slice, has its turn at its end, or when no request comes."""
+        self._slice_end = time.monotonic() + _SLICE_S
+        until_deadline_s = trio.lowlevel.current_statistics().seconds_to_next_deadline
+        self._patience_ms = _PATIENCE_MS if until_deadline_s > 2 * _PATIENCE_MS / 1000 else 0
 
 
 def _stand_in(filesystem: Filesystem) -> types.SimpleNamespace:
