@@ -15,7 +15,6 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -383,8 +382,7 @@ class _ContainerOpener:
 def _own_root() -> Attr:
     """The root directory of a container without an image."""
     now_ns = time.time_ns()
-    return replace(
-        _EMPTY_LAYER.attr(LayerIndex.ROOT),
+    return _EMPTY_LAYER.attr(LayerIndex.ROOT)._replace(
         uid=os.geteuid(),
         gid=os.getegid(),
         atime_ns=now_ns,

@@ -18,9 +18,8 @@ import secrets
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from types import GeneratorType
-from typing import Any, ClassVar, Protocol, TypeVar, Union, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, Union, cast
 
 from . import errors
 from .nodes import Attr, Inode, Xattrs
@@ -117,8 +116,7 @@ def run(result: Maybe[T]) -> T:
         return cast(T, stop.value)
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who asked: ids as the mount's user namespace sees them, the thread id, the umask."""
 
     uid: int
@@ -127,8 +125,7 @@ class Caller:
     umask: int
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """What setattr is to change; None leaves a field as it is. Sizes in bytes, times in ns."""
 
     mode: int | None = None

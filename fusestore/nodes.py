@@ -4,7 +4,6 @@ Names, link targets and xattrs are bytes; times are nanoseconds since the Unix e
 bytes; modes carry the S_IFMT bits; device numbers are as os.makedev makes them.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, NewType
 
 __all__ = [
@@ -57,8 +56,7 @@ class Extent(NamedTuple):
     source: int
 
 
-@dataclass(frozen=True, slots=True)
-class Attr:
+class Attr(NamedTuple):
     """What stat(2) says of an object."""
 
     mode: int

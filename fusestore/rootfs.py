@@ -13,7 +13,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 from weakref import WeakValueDictionary
 
@@ -388,12 +388,12 @@ class Rootfs(Branch):
         if thing.in_upper and opened.upper is not None:
             attr = opened.upper.attr(self.descriptor(thing))
             is_merged = bool(thing.stack) and thing.format == stat.S_IFDIR
-            return replace(attr, nlink=2 + self._count_subdirectories(thing)) if is_merged else attr
+            return attr._replace(nlink=2 + self._count_subdirectories(thing)) if is_merged else attr
         attr = opened.lower.attr(thing.stack)
         if thing.is_orphan:
-            return replace(attr, nlink=0)
+            return attr._replace(nlink=0)
         if attr.nlink > 1 and thing.format != stat.S_IFDIR and opened.upper is not None:
-            return replace(attr, nlink=max(1, self._count_links(thing)))
+            return attr._replace(nlink=max(1, self._count_links(thing)))
         return attr
 
     def peek(self, node: Node) -> Steps[Attr]:

@@ -7,7 +7,6 @@ container, since a daemon's memory is what they take.
 
 import os
 import stat
-from dataclasses import replace
 from time import time_ns
 
 from . import errors
@@ -45,19 +44,18 @@ class ScratchFile(Node):
     @property
     def attr(self) -> Attr:
         size = len(self.data)
-        return replace(self._attr, size=size, blocks=-(-size // BLOCK_SIZE))
+        return self._attr._replace(size=size, blocks=-(-size // BLOCK_SIZE))
 
     def unlinked(self) -> None:
         """Its name is gone; open handles go on working."""
-        self._attr = replace(self._attr, nlink=0, ctime_ns=time_ns())
+        self._attr = self._attr._replace(nlink=0, ctime_ns=time_ns())
 
     def change(self, changes: Changes) -> None:
         """Raises FileTooLarge."""
         if changes.size is not None:
             self.resize(changes.size)
         attr, now = self._attr, time_ns()
-        self._attr = replace(
-            attr,
+        self._attr = attr._replace(
             mode=attr.mode if changes.mode is None else stat.S_IFREG | stat.S_IMODE(changes.mode),
             uid=attr.uid if changes.uid is None else changes.uid,
             gid=attr.gid if changes.gid is None else changes.gid,
@@ -85,7 +83,7 @@ class ScratchFile(Node):
 
     def _modified(self) -> None:
         now = time_ns()
-        self._attr = replace(self._attr, mtime_ns=now, ctime_ns=now)
+        self._attr = self._attr._replace(mtime_ns=now, ctime_ns=now)
 
 
 class ScratchHandle(FileHandle):

@@ -14,7 +14,6 @@ This is the hot path: an operation on a branch that is ready is one plain call, 
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from types import GeneratorType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -413,7 +412,7 @@ class Tree:
 
     def _truncated(self, node: Node, changes: Changes, handle: FileHandle, caller: Caller) -> Steps[Entry]:
         yield from _steps(handle.truncate(cast(int, changes.size)))
-        rest = replace(changes, size=None)
+        rest = changes._replace(size=None)
         if rest != Changes():
             yield from _steps(node.branch.setattr(node, rest, caller))
         return (yield from _steps(self._shown(node)))

@@ -18,7 +18,7 @@ A hard link to a file of a lower layer is that file: the name leads to the lower
 import itertools
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from .errors import LayerRefused, StoreDamaged
@@ -211,7 +211,7 @@ class Lower:
             nlink = attr.nlink if stack == (ref,) else 2 + self._count_subdirectories(stack)
         else:
             nlink = self.nlink(ref, attr.nlink)
-        return attr if nlink == attr.nlink else replace(attr, nlink=nlink)
+        return attr if nlink == attr.nlink else attr._replace(nlink=nlink)
 
     def xattrs(self, stack: Stack) -> Xattrs:
         """Without what would act as overlayfs's own in a mount above: that is not the layer's to say."""

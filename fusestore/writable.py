@@ -20,7 +20,6 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from . import acl
 from .blobs import LayerReader
@@ -484,7 +483,7 @@ class WritableRootfs(Rootfs):
                 return  # by somebody else, while the content was copied
             attr = self._lower.attr(stack)
             if length < whole:
-                attr = replace(attr, mtime_ns=time.time_ns())
+                attr = attr._replace(mtime_ns=time.time_ns())
             upper.dress_copy(fd, attr, self._lower.xattrs(stack))
             if thing.is_orphan:
                 self._keep_orphan(thing, upper.reopen(fd, os.O_PATH))
