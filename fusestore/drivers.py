@@ -22,7 +22,7 @@ from .blobs import LayerReader
 from .errors import StoreUnusable
 from .images import Image
 from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
-from .kernelrootfs import ErofsMounts, KernelMounts, KernelRootfs, OverlayMounts
+from .kernelrootfs import ErofsMounts, KernelMounts, KernelRootfs, OverlayMounts, require_alone
 from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
 from .nodes import Attr, Xattrs
@@ -315,6 +315,7 @@ class _ContainerOpener:
     def open(self) -> Opened:
         lower, readers = self._layers()
         if self._is_entering:
+            require_alone(self._store, self._id)
             self._driver.entered(self._store.container(self._id).image_id)
         path = os.fsencode(self._store.upper_dir(self._id))
         if not self._is_entering and not os.path.exists(path):

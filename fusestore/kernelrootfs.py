@@ -37,7 +37,7 @@ from .store import Store
 from .synthetic import RootfsBranch
 from .syscalls import is_mounted, make_mount
 
-__all__ = ["ErofsMounts", "KernelMounts", "KernelRootfs", "OverlayMounts"]
+__all__ = ["ErofsMounts", "KernelMounts", "KernelRootfs", "OverlayMounts", "require_alone"]
 
 _log = logging.getLogger("fusestore")
 
@@ -88,26 +88,7 @@ class KernelMounts(ABC):
         token, number = self.mounter.mount(
             self.place(container_id), *self._lower(image), self._options(container_id)
         )
-        return _Mounted(self.mounter, token, number, hold, self._former(container_id))
-
-    def require_alone(self, container_id: str) -> None:
-        """Raises Busy while somebody is in a mount of the container's that this daemon does not have.
-
-        A killed daemon leaves those to who is in them, an unmount by hand too. overlayfs.rst: two of one
-        upper directory have undefined behavior.
-        """
-        if not os.path.lexists(self._former(container_id)):
-            return  # what looks further has the kernel log an error
-        upper = _escaped(self._store.upper_dir(container_id))
-        give_up = time.monotonic() + _LEAVING_S
-        while _is_in_use(upper):
-            if time.monotonic() > give_up:
-                raise Busy(f"container {container_id} is in use in a mount that is gone: end what runs in it")
-            time.sleep(_POLL_S)
-
-    def _former(self, container_id: str) -> str:
-        """What overlayfs makes in its work directory for a mount, and leaves."""
-        return f"{self._store.overlay_work_dir(container_id)}/work"
+        return _Mounted(self.mounter, token, number, hold, _former(self._store, container_id))
 
     def _options(self, container_id: str) -> list[tuple[bytes, bytes | None]]:
         """overlayfs.rst. index=off and metacopy=off: what the union reads too; redirect_dir=on: see upper.
@@ -165,7 +146,7 @@ class _Mounted:
     """A container's mount."""
 
     def __init__(self, mounter: Mounter, token: int, number: int, hold: Closable, former: str) -> None:
-        """See `Mounter.mount`, and `KernelMounts.require_alone` for `former`."""
+        """See `Mounter.mount`, and `require_alone` for `former`."""
         self._mounter = mounter
         self._token = token
         self._number = number
@@ -394,7 +375,6 @@ class KernelRootfs(Branch):
         with ExitStack() as stack:
             hold: Closable = self._store.hold(self._id)
             stack.callback(hold.close)
-            self._mounts.require_alone(self._id)
             image_id = self._store.container(self._id).image_id
             if not image_id:
                 raise _Unmountable("it has no image yet")
@@ -404,6 +384,30 @@ class KernelRootfs(Branch):
             mounted = self._mounts.mount(self._id, self._store.image(image_id), hold)
             stack.pop_all()
             return mounted
+
+
+def require_alone(store: Store, container_id: str) -> None:
+    """Raises Busy while somebody is in a mount of the container's that the kernel serves and no daemon has.
+
+    A killed daemon leaves those to who is in them, an unmount by hand too. overlayfs.rst: what else changes
+    its upper directory has undefined behavior.
+    """
+    former = _former(store, container_id)
+    if not os.path.lexists(former):
+        return  # what looks further has the kernel log an error
+    upper = _escaped(store.upper_dir(container_id))
+    give_up = time.monotonic() + _LEAVING_S
+    while _is_in_use(upper):
+        if time.monotonic() > give_up:
+            raise Busy(f"container {container_id} is in use in a mount that is gone: end what runs in it")
+        time.sleep(_POLL_S)
+    with suppress(OSError):
+        os.rmdir(former)
+
+
+def _former(store: Store, container_id: str) -> str:
+    """What overlayfs makes in its work directory for a mount, and leaves."""
+    return f"{store.overlay_work_dir(container_id)}/work"
 
 
 def _is_in_use(upper: bytes) -> bool:

@@ -207,15 +207,20 @@ def _lose_daemon(mount: Mount) -> None:
     mount.mount()
 
 
+def _go_on_with_the_union(mount: Mount) -> None:
+    _kill(mount)
+    mount.fusestore("mount", "--driver", "union", mount.mountpoint).ok()
+
+
 @pytest.mark.parametrize(
     "lose_mount",
-    (_lose_daemon, lambda mount: mount.sh("umount -l containers/c/rootfs").ok()),
-    ids=("killed daemon", "umount -l"),
+    (_lose_daemon, _go_on_with_the_union, lambda mount: mount.sh("umount -l containers/c/rootfs").ok()),
+    ids=("killed daemon", "killed daemon, then the union", "umount -l"),
 )
 def test_a_container_waits_for_who_is_left_in_a_lost_mount(
     fresh: Mount, lose_mount: Callable[[Mount], object]
 ) -> None:
-    """A second overlayfs of the same directories beside theirs would be undefined behavior."""
+    """What else changes the directories of theirs beside it would be undefined behavior."""
     fresh.sh("mkdir containers/c containers/other").ok()
     script = [
         "bash",
