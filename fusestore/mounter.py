@@ -31,6 +31,7 @@ from .syscalls import (
     MOUNT_ATTR_NODEV,
     MOUNT_ATTR_NOSUID,
     MOUNT_ATTR_RDONLY,
+    clone_mount,
     make_mount,
     mount_number,
     move_mount,
@@ -272,8 +273,7 @@ class _Worker:
         try:
             with image.lock:
                 if image.mount < 0:
-                    options = [(b"source", path), *((b"device", tar) for tar in tars)]
-                    image.mount = make_mount(b"erofs", options, MOUNT_ATTR_RDONLY)
+                    image.mount = _mount_erofs(path, tars)
                 return image.mount
         except OSError:
             self._drop(source)
@@ -288,6 +288,20 @@ class _Worker:
             del self._images[source]
         if image.mount >= 0:
             os.close(image.mount)
+
+
+def _mount_erofs(image: bytes, tars: Sequence[bytes]) -> int:
+    """The kernel has the tars open as long as anybody has the image, also in another mount namespace.
+
+    Through a mount of their own each: the place where the daemon's mount is can be unmounted meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        options = [(b"source", image)]
+        for tar in tars:
+            clone = clone_mount(tar)
+            stack.callback(os.close, clone)
+            options.append((b"device", b"/proc/self/fd/%d" % clone))
+        return make_mount(b"erofs", options, MOUNT_ATTR_RDONLY)
 
 
 def _serve(connection: socket.socket) -> None:

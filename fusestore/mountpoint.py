@@ -33,8 +33,8 @@ _KEPT_TIMEOUT_S = 3.0
 """How long an ordinary end may take, before it is looked for who keeps the mount."""
 _COMMAND_MAX = 80
 _POLL_S = 0.01
-_PATIENCE_S = 5.0
-"""How long a mount is busy with what was unmounted inside it, whose files the kernel closes afterwards."""
+_PATIENCE_S = 1.0
+"""How long a mount may be busy with what walks in it, or was unmounted in it, by the daemon's own doing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +140,8 @@ class _Entry(NamedTuple):
     device: str
     path: bytes
     type: str
+    options: bytes
+    """Of the file system."""
 
 
 def _entries(pid: str) -> list[_Entry]:
@@ -150,18 +152,26 @@ def _entries(pid: str) -> list[_Entry]:
 
 def _entry(line: bytes) -> _Entry:
     known, _, more = line.partition(b" - ")
-    fields = known.split()
-    path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4])
-    return _Entry(fields[2].decode(), path, more.split()[0].decode(errors="replace"))
+    _, _, device, _, path, *_ = known.split()
+    type, *_, options = more.split()
+    return _Entry(device.decode(), _unescaped(path), type.decode(errors="replace"), _unescaped(options))
 
 
-def _keepers(real: str, device: str | None) -> list[str]:
-    """Who keeps mounted what was at `real` before: places in this mount namespace, processes in others.
+def _unescaped(field: bytes) -> bytes:
+    return re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), field)
+
+
+def _keepers(store: Store, real: str, device: str | None) -> list[str]:
+    """Who keeps mounted what was at `real` before, or what the kernel had mounted inside it: places in this
+    mount namespace, processes in others.
 
     Where it was gone already, `device` is None: then whoever sees a mount of fusestore there.
     """
+    upper = b"upperdir=%s/" % os.fsencode(Layout(store.path).containers)
 
     def is_it(entry: _Entry) -> bool:
+        if entry.type == "overlay" and upper in entry.options:
+            return True
         if device is None:
             return entry.type == _OURS and entry.path == os.fsencode(real)
         return entry.device == device
@@ -267,7 +277,7 @@ def _wait_for_end(store: Store, real: str, device: str | None, pid: int, process
         waited_s = time.monotonic() - start
         if waited_s > _KEPT_TIMEOUT_S and not has_looked:
             has_looked = True
-            if keepers := _keepers(real, device):
+            if keepers := _keepers(store, real, device):
                 more = f", and {len(keepers) - 1} more" if len(keepers) > 1 else ""
                 raise Busy(
                     f"{real} is unmounted here, and served on: still mounted for {keepers[0]}{more}. "

@@ -17,6 +17,7 @@ __all__ = [
     "RENAME_EXCHANGE",
     "RENAME_NOREPLACE",
     "RENAME_WHITEOUT",
+    "clone_mount",
     "groups_of",
     "is_mounted",
     "make_mount",
@@ -44,6 +45,8 @@ MOUNT_ATTR_NODEV = 4
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
+_AT_FDCWD = -100
+_OPEN_TREE_CLONE = 1
 _FSOPEN_CLOEXEC = 1
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
@@ -66,6 +69,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.syncfs.argtypes = [ctypes.c_int]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.open_tree.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.fsopen.argtypes = [ctypes.c_char_p, ctypes.c_uint]
 _libc.fsconfig.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
 _libc.fsmount.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint]
@@ -165,6 +169,17 @@ def make_mount(kind: bytes, options: Iterable[tuple[bytes, bytes | None]], attri
         return mount
     finally:
         os.close(context)
+
+
+def clone_mount(path: bytes) -> int:
+    """A mount, which is nowhere, of the file or directory at `path` and what is below it: open_tree(2).
+
+    What is opened through it keeps its file system, but not the mount that `path` leads through. The
+    descriptor is the caller's to close.
+    """
+    mount: int = _libc.open_tree(_AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    _check(min(mount, 0), path)
+    return mount
 
 
 def mount_number(fd: int) -> int:

@@ -193,6 +193,39 @@ def test_umount_is_refused_while_somebody_is_in_a_container(fresh: Mount) -> Non
     assert fresh.sh("cat containers/c/rootfs/etc/hostname").ok() == "busybox\n"
 
 
+def _has_own_mounts(process: "subprocess.Popen[bytes]") -> bool:
+    return os.readlink(f"/proc/{process.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt")
+
+
+def test_umount_is_done_where_another_namespace_keeps_a_container(fresh: Mount) -> None:
+    """And it is said who does. EROFS has files of the mount open: that did not let it be unmounted."""
+    fresh.sh("mkdir containers/c; cat containers/c/rootfs/etc/hostname").ok()
+    command = ["unshare", "--mount", "--propagation", "private", "sleep", "60"]
+    with subprocess.Popen(command) as keeper:
+        try:
+            wait_until(lambda: _has_own_mounts(keeper))
+            result = fresh.fusestore("umount", fresh.mountpoint)
+            assert (result.code, fresh.is_mounted()) == (1, False)
+            assert (
+                f"unmounted here, and served on: still mounted for process {keeper.pid} (sleep" in result.err
+            )
+        finally:
+            keeper.kill()
+    wait_until(lambda: not fresh.pids())
+
+
+def test_umount_says_where_a_container_is_mounted_besides(fresh: Mount) -> None:
+    elsewhere = fresh.base / "elsewhere"
+    elsewhere.mkdir()
+    fresh.sh("mkdir containers/c; mount --bind containers/c/rootfs $1", elsewhere).ok()
+    result = fresh.fusestore("umount", fresh.mountpoint)
+    assert (result.code, fresh.is_mounted()) == (1, False)
+    assert f"still mounted for {elsewhere}. End or unmount that" in result.err
+    assert fresh.person.run("cat", elsewhere / "etc/hostname").ok() == "busybox\n"
+    subprocess.run(["umount", elsewhere], check=True, timeout=30)
+    wait_until(lambda: not fresh.pids())
+
+
 def test_what_a_killed_daemon_left_is_taken_away(fresh: Mount) -> None:
     fresh.sh("mkdir containers/c; echo x > containers/c/rootfs/file; ls containers/c/rootfs/bin").ok()
     _kill(fresh)
