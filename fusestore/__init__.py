@@ -37,6 +37,8 @@ below it (setup.cfg, checked by import-linter)::
     images                  index.json and what it reaches
     metadataimage           the EROFS image of a merged tree
     containers              directories, documents         layerfiles    opened layers, derived files
+                                                           completion    lazy layers: all of it comes
+                                                           lazylayer     read in parts from a registry
                                                            mounts        live mounts, and what they are told
     sources                 what an import reads                 registry    one repository of a registry
                                                                  transport   requests: TLS, rights, retries
@@ -46,8 +48,9 @@ below it (setup.cfg, checked by import-linter)::
     scheme                  what an upper's xattrs mean
     union                   layers + upper → names         spancache     what was decompressed, on disk
     streams, seek           compressed streams and the points where reading can start
+    chunktable, layerref    a lazy layer's chunks; which content in which blob
     layer                   tar entries → a layer's index
-    layerindex, tar         the index file, read where touched; the tar scanner
+    layerindex, tar, toc    the index file, read where touched; the tar scanner; eStargz, zstd:chunked
     erofs                   a tree → an EROFS image
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
     metadata                the rules of metadata.json     oci           manifests and configs

@@ -263,6 +263,9 @@ class LayerReader(ABC):
     last.
     """
 
+    is_remote = False
+    """Whether `read` may have to wait for a registry."""
+
     def __init__(self, blob_fd: int, blob_path: FilePath, size: int) -> None:
         self.size = size
         """Bytes of the tar."""

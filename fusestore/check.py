@@ -26,8 +26,9 @@ from .durable import is_damage, read_file
 from .errors import BadName, BadSource, NotSupported, StoreDamaged, StoreError
 from .images import Image, loose_parts
 from .layer import LayerIndex
-from .layerfiles import LayerRef, map_index
+from .layerref import LayerRef, map_index
 from .layout import Layout
+from .lazylayer import open_source
 from .metadataimage import write_metadata_image
 from .names import parse_container_id, parse_digest
 from .nodes import Digest
@@ -38,6 +39,7 @@ from .store import Store
 __all__ = ["Cure", "Finding", "check", "examine"]
 
 _IMPORT_AGAIN = "import the image again"
+_PULL_AGAIN = "pull the image again"
 _MADE_AGAIN = "remove it, it is made again from the blob"
 _REMADE = "remove it, it is made again"
 _HYDRATE_AGAIN = "remove it, and run `fusestore hydrate` for its image"
@@ -354,7 +356,9 @@ def _check_image(store: Store, layout: Layout, image: Image) -> Iterator[Finding
             yield Finding(layout.blob(digest), f"the {what} {known} is missing", _IMPORT_AGAIN)
     for layer in dict.fromkeys(image.layers):
         path = layout.blob(layer.blob)
-        if not os.path.exists(path):
+        if store.is_lazy(layer):
+            yield from _check_lazy(layout, layer)
+        elif not os.path.exists(path):
             yield Finding(path, f"a layer {known} is missing", _IMPORT_AGAIN)
         elif _size(path) != layer.size:
             yield Finding(path, f"a layer {known} has {_size(path)} bytes, not {layer.size}", _IMPORT_AGAIN)
@@ -365,6 +369,22 @@ def _check_image(store: Store, layout: Layout, image: Image) -> Iterator[Finding
     if described != image:
         path = layout.image_record(image.id)
         yield Finding(path, "contradicts the manifest", _REMADE, Cure.SET_ASIDE)
+
+
+def _check_lazy(layout: Layout, layer: LayerRef) -> Iterator[Finding]:
+    """Of a layer that is read in parts; these are compared with their digests whenever they are read."""
+    path = layout.lazy(layer.diff_id, layer.blob)
+    try:
+        index = map_index(layout.lazy_index_in(path))
+        _is_same(index, index)
+        open_source(layout, layer)
+    except FileNotFoundError as error:
+        if os.path.exists(path):
+            yield Finding(path, f"is damaged ({error.filename} is missing)", _PULL_AGAIN, Cure.SET_ASIDE)
+    except OSError as error:
+        yield _unread(path, error, _PULL_AGAIN, Cure.SET_ASIDE)
+    except StoreDamaged:
+        yield Finding(path, "is damaged", _PULL_AGAIN, Cure.SET_ASIDE)
 
 
 def _check_unused(store: Store, layout: Layout) -> Iterator[Finding]:

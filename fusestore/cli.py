@@ -50,7 +50,7 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from .transfer import RegistryOptions
+    from .registry import RegistryOptions
 
 __all__ = ["main"]
 
@@ -163,15 +163,27 @@ def _store_to_fill(places: Places, cache_size: int | None = None) -> Iterator[St
 @click.argument("ref")
 @click.option("--name", metavar="NAME", help="A name for it, instead of REF in full.")
 @click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Instead of this machine's.")
+@click.option("--lazy", "is_lazy", is_flag=True, help="Fetch layers in eStargz and zstd:chunked later.")
 @registry_options
 @with_places
 def _pull(
-    places: Places, ref: str, name: str | None, platform: str | None, plain_http: bool, authfile: str | None
+    places: Places,
+    ref: str,
+    name: str | None,
+    platform: str | None,
+    is_lazy: bool,
+    plain_http: bool,
+    authfile: str | None,
 ) -> None:
     """Take an image of a registry into the store, and print its id.
 
     REF is [REGISTRY/]NAME[:TAG][@DIGEST]; busybox is docker.io/library/busybox:latest. A store is made where
     there is none. What the store has is not fetched; downloads that break off go on where they were.
+
+    With --lazy the image can be used at once: of layers in eStargz and zstd:chunked only the table of
+    contents is fetched now, and content when it is read, each chunk verified. A mount fetches the rest in the
+    background, with the credentials that its own environment leads to; until then what is missing is EIO
+    while the registry does not give it. Other layers are fetched now.
     """
     from .oci import parse_platform
     from .transfer import pull
@@ -179,7 +191,9 @@ def _pull(
     wanted = parse_platform(platform) if platform else None
     options = _options_of(plain_http, authfile)
     with _store_to_fill(places) as store, progress_bar("pull") as progress:
-        image = pull(store, ref, name=name, platform=wanted, options=options, progress=progress)
+        image = pull(
+            store, ref, name=name, platform=wanted, is_lazy=is_lazy, options=options, progress=progress
+        )
     click.echo(image.id)
 
 
@@ -203,15 +217,9 @@ def _push(places: Places, image: str, ref: str, plain_http: bool, authfile: str 
 
 
 def _options_of(plain_http: bool, authfile: str | None) -> "RegistryOptions":
-    from urllib.request import getproxies_environment
+    from .registry import usual_options
 
-    from .credentials import auth_files, find_credentials
-    from .transfer import RegistryOptions
-
-    files = auth_files(os.environ, authfile)
-    return RegistryOptions(
-        lambda reference: find_credentials(reference, files), plain_http, proxies=getproxies_environment()
-    )
+    return usual_options(os.environ, plain_http=plain_http, authfile=authfile)
 
 
 @_command

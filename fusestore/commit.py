@@ -26,7 +26,7 @@ from .errors import Busy
 from .export import export_layer, state_of
 from .images import Image
 from .importer import Progress
-from .layerfiles import LayerRef
+from .layerref import LayerRef
 from .layout import OCI_LAYOUT_VERSION
 from .names import digest_hex, parse_image_name
 from .nodes import Digest
@@ -191,7 +191,8 @@ def _history(options: CommitOptions) -> dict[str, Any]:
 
 
 def _link(store: Store, scratch: Scratch, layer: LayerRef) -> oci.Descriptor:
-    """A layer of the store in the layout."""
+    """A layer of the store in the layout. Raises NotFetched for a lazy one."""
+    store.complete_layer(layer)
     scratch.symlink(f"blobs/sha256/{digest_hex(layer.blob)}", store.blob_path(layer.blob))
     return oci.Descriptor(_DOCKER_LAYERS.get(layer.media_type, layer.media_type), layer.blob, layer.size)
 

@@ -7,7 +7,8 @@
     │   ├── BadName                   EINVAL        an id, image name or file name that cannot be one
     │   ├── BadDocument               EINVAL        what was written is no metadata document
     │   ├── BadSource                 EINVAL        what import was given is no image
-    │   └── LayerRefused              EINVAL        a layer's bytes break a rule or a limit
+    │   ├── LayerRefused              EINVAL        a layer's bytes break a rule or a limit
+    │   └── NoToc                     EINVAL        a layer cannot be read in parts: it has to be downloaded
     ├── NotFound                      ENOENT        no such name in the tree or the store
     ├── Exists                        EEXIST
     ├── Busy                          EBUSY         in use: pinned, open, entered, or used by a container
@@ -31,6 +32,7 @@
     ├── WrongDigest                   EIO           what is written as a blob is not what its name says
     └── StoreError                    EIO           the store itself is missing something or is damaged
         ├── StoreDamaged              EIO           names the file and the remedy
+        ├── NotFetched                EIO           still in a registry, which does not give it now
         └── StoreUnusable             EIO           no store there, or one of another version
 
 An OSError raised by a system call on a container's own files keeps its errno (ENOSPC, EDQUOT, EROFS). One on
@@ -60,8 +62,10 @@ __all__ = [
     "NameTooLong",
     "NoAttribute",
     "NoSpace",
+    "NoToc",
     "NotADirectory",
     "NotEmpty",
+    "NotFetched",
     "NotFound",
     "NotPermitted",
     "NotSupported",
@@ -101,6 +105,10 @@ class BadSource(BadInput):
 
 
 class LayerRefused(BadInput):
+    pass
+
+
+class NoToc(BadInput):
     pass
 
 
@@ -193,6 +201,10 @@ class StoreError(FusestoreError):
 
 
 class StoreDamaged(StoreError):
+    pass
+
+
+class NotFetched(StoreError):
     pass
 
 

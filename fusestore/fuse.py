@@ -24,7 +24,7 @@ import trio
 
 from .acl import ACCESS
 from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
-from .inodes import ROOT_INODE, Caller, Changes, FileHandle, Maybe, Outward, Pending
+from .inodes import ROOT_INODE, Caller, Changes, FileHandle, Maybe, Outward, Pending, Remote
 from .meter import Meter
 from .nodes import Inode
 from .tree import Entry, Tree
@@ -36,6 +36,8 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 _THREADS = 8
 """Blocking calls at once. Most wait for the disk; decompression limits itself to the cores."""
+_REMOTE_THREADS = 32
+"""The same of those that wait for registries."""
 
 _LOCKED_S = 1.0
 """How long a request waits for a container that another process has locked: a few renames take less."""
@@ -120,6 +122,7 @@ class Filesystem(pyfuse3.Operations):
         """For what goes on after a request was answered."""
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._outward = trio.CapacityLimiter(_THREADS)
+        self._remote = trio.CapacityLimiter(_REMOTE_THREADS)
 
     async def finish(self, result: Maybe[T]) -> T:
         """The result of an operation of the tree, its steps taken in worker threads."""
@@ -170,7 +173,11 @@ class Filesystem(pyfuse3.Operations):
             done = trio.Event()
             call.when_done(done.set)
             return await done.wait()
-        limiter = self._outward if isinstance(call, Outward) else self._limiter
+        limiter = self._limiter
+        if isinstance(call, Outward):
+            limiter = self._outward
+        elif isinstance(call, Remote):
+            limiter = self._remote
         return await trio.to_thread.run_sync(call, limiter=limiter)
 
     # Names

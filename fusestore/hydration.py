@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .images import Image
-from .layerfiles import LayerRef
+from .layerref import LayerRef
 from .store import Store
 
 __all__ = ["Hydration", "dehydrate", "hydrate", "hydration"]
@@ -49,9 +49,11 @@ def hydration(store: Store, image: Image) -> Hydration:
 def hydrate(store: Store, image: Image, progress: Callable[[int, int], object] | None = None) -> None:
     """Makes the local tars that `image` lacks. `progress(done, total)`: bytes.
 
-    Each is there when it is whole. Raises NotFound where the image is deleted meanwhile, StoreDamaged,
-    OSError.
+    Each is there when it is whole. Lazy layers are fetched first. Raises NotFound where the image is deleted
+    meanwhile, NotFetched, StoreDamaged, OSError.
     """
+    for layer in _layers(image):
+        store.complete_layer(layer)
     done, total = 0, hydration(store, image).missing
 
     def advance(count: int) -> None:

@@ -24,7 +24,7 @@ import msgpack
 from . import oci
 from .durable import Workspace, is_damage, read_file
 from .errors import BadName, BadSource, Busy, Exists, NotFound, StoreDamaged
-from .layerfiles import LayerRef
+from .layerref import LayerRef
 from .layout import ANNOTATION_ID, ANNOTATION_NAME, DEFAULT_TAG, IMAGE_RECORD_VERSION, Layout
 from .names import digest_hex, is_hex_id, parse_digest, parse_image_name
 from .nodes import Digest
@@ -407,10 +407,11 @@ class Images:
             ),
             *(layout.layer(diff_id) for diff_id in layers if diff_id not in diff_ids),
             *(
-                layout.seek_table(diff_id, blob)
+                path
                 for diff_id in layers
                 if diff_id in diff_ids
                 for blob in unused_blobs
+                for path in (layout.seek_table(diff_id, blob), layout.lazy(diff_id, blob))
             ),
             *(layout.blob(blob) for blob in unused_blobs),
         ]

@@ -12,14 +12,15 @@ import contextlib
 import os
 import re
 import stat
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 from . import errors, oci
-from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Steps
+from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Remote, Steps
 from .names import is_hex_id, parse_image_name
 from .nodes import Attr, Inode
-from .store import Image, Layer, Store
+from .store import Image, Layer, LayerRef, Store
 from .synthetic import (
     MANY_LINKS,
     SHARED_S,
@@ -32,7 +33,7 @@ from .synthetic import (
 )
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
-__all__ = ["BlobHandle", "ImageTree"]
+__all__ = ["BlobHandle", "ImageTree", "open_fetched"]
 
 _MADE_MAX = 64
 """Directories that hold no name yet: a daemon's memory is what they take, and ``cp -r`` makes any number."""
@@ -70,8 +71,8 @@ class _ImageDir(Node):
         self.children: dict[bytes, Node] = {}
         """By path below this directory; all that was made so far and never changes."""
         self.metadata: _Document | None = None
-        self.layers: list[Layer] | None = None
-        """None until something needed them open."""
+        self.layers: dict[int, Layer] = {}
+        """By number, as far as something needed them open."""
         self.rootfs: list[RootfsBranch] = []
         """What the driver made for this image and its layers."""
 
@@ -119,14 +120,15 @@ class _Metadata(_Document):
 class _Blob(_Inner):
     """A layer as it is stored."""
 
-    __slots__ = ("path", "size")
+    __slots__ = ("path", "ref", "size")
 
     def __init__(
-        self, branch: Branch, ino: Inode, image: _ImageDir, directory: Node, path: str, size: int
+        self, branch: Branch, ino: Inode, image: _ImageDir, directory: Node, path: str, ref: LayerRef
     ) -> None:
         super().__init__(branch, ino, image, directory)
         self.path = path
-        self.size = size
+        self.ref = ref
+        self.size = ref.size
 
 
 class _Tar(_Inner):
@@ -164,6 +166,16 @@ class BlobHandle(FileHandle):
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def open_fetched(store: Store, ref: LayerRef, make: Callable[[], BlobHandle]) -> Maybe[FileHandle]:
+    """What `make` opens, a layer's blob, fetched first where that is still to be done."""
+    return make() if os.path.exists(store.blob_path(ref.blob)) else _open_lazy(store, ref, make)
+
+
+def _open_lazy(store: Store, ref: LayerRef, make: Callable[[], BlobHandle]) -> Steps[FileHandle]:
+    yield Remote(lambda: store.complete_layer(ref))
+    return make()
 
 
 class _TarHandle(FileHandle):
@@ -314,21 +326,22 @@ class ImageTree(Branch):
     def _lookup_in_layer(self, layer: _LayerDir, name: bytes) -> Maybe[Node]:
         if name not in _LAYER_NAMES:
             raise errors.NotFound(f"there is no {name!r} in a layer")
-        if name == b"tar" and layer.image.layers is None:
+        if name == b"tar" and layer.number not in layer.image.layers:
             return self._opened_layer(layer)
         return self._in_layer(layer, name)
 
     def _opened_layer(self, layer: _LayerDir) -> Steps[Node]:
-        yield from self._open_layers(layer.image)
+        yield from self._open_layer(layer)
         return self._in_layer(layer, b"tar")
 
-    def _open_layers(self, directory: _ImageDir) -> Steps[None]:
-        if directory.layers is None:
-            layers = yield lambda: self._store.open_layers(directory.image)
-            directory.layers = layers
+    def _open_layer(self, layer: _LayerDir) -> Steps[None]:
+        if layer.number not in layer.image.layers:
+            ref = layer.image.image.layers[layer.number]
+            opened = yield Remote(lambda: self._store.open_layer(ref))
+            layer.image.layers[layer.number] = opened
 
     def _in_layer(self, layer: _LayerDir, name: bytes) -> Node:
-        """`name` is of `_LAYER_NAMES`; for b"tar" the layers are open."""
+        """`name` is of `_LAYER_NAMES`; for b"tar" the layer is open."""
         directory = layer.image
         key = b"layers/%d/%s" % (layer.number, name)
         made = directory.children.get(key)
@@ -339,9 +352,8 @@ class ImageTree(Branch):
             elif name == b"blob":
                 ref = directory.image.layers[layer.number]
                 path = os.fspath(self._store.blob_path(ref.blob))
-                made = _Blob(self, self._inodes.number(), directory, layer, path, ref.size)
+                made = _Blob(self, self._inodes.number(), directory, layer, path, ref)
             else:
-                assert directory.layers is not None
                 opened = directory.layers[layer.number]
                 made = _Tar(self, self._inodes.number(), directory, layer, opened)
             directory.children[key] = made
@@ -371,8 +383,11 @@ class ImageTree(Branch):
         return [(name.encode(), None) for name in (*sorted(shown), *sorted(below))]
 
     def _list_layer(self, layer: _LayerDir) -> Steps[list[tuple[bytes, Any]]]:
-        with contextlib.suppress(errors.StoreDamaged, OSError):
-            yield from self._open_layers(layer.image)
+        # Sizes of tars that are not here yet are not waited for.
+        is_lazy = yield lambda: self._store.is_lazy(layer.image.image.layers[layer.number])
+        if not is_lazy:
+            with contextlib.suppress(errors.StoreError, OSError):
+                yield from self._open_layer(layer)
         return [(name, None) for name in _LAYER_NAMES]
 
     def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
@@ -382,7 +397,7 @@ class ImageTree(Branch):
             return None
         except (errors.FusestoreError, OSError):
             return self._unreadable(node)
-        # Where a lookup needs steps the layers could not be opened for the listing.
+        # Where a lookup needs steps the layer could not be opened for the listing.
         return found if isinstance(found, Node) else self._unreadable(node)
 
     def _unreadable(self, directory: Node) -> Node:
@@ -417,13 +432,14 @@ class ImageTree(Branch):
             raise errors.BadInput("not a symbolic link")
         return node.target
 
-    def open(self, node: Node, flags: int, caller: Caller) -> FileHandle:
+    def open(self, node: Node, flags: int, caller: Caller) -> Maybe[FileHandle]:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise errors.ReadOnly("images are read-only")
         if isinstance(node, _Document):
             return BytesHandle(node, node.data)
         if isinstance(node, _Blob):
-            return BlobHandle(node, node.path, node.size)
+            blob = node
+            return open_fetched(self._store, blob.ref, lambda: BlobHandle(blob, blob.path, blob.size))
         if isinstance(node, _Tar):
             return _TarHandle(node)
         raise errors.IsADirectory("is a directory")
@@ -541,7 +557,7 @@ class ImageTree(Branch):
         directory.rootfs.clear()
         directory.children.clear()
         directory.metadata = None
-        directory.layers = None
+        directory.layers.clear()
 
     def forgotten(self, node: Node) -> bool:
         if isinstance(node, _NameDir):

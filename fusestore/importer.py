@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from . import oci
 from .blobs import Ingested, derive, ingest
 from .durable import Scratch, Workspace, write_all
-from .errors import Busy, LayerRefused, StoreDamaged
+from .errors import Busy, LayerRefused, NoToc, StoreDamaged
 from .images import Image, Images, loose_parts
-from .layerfiles import LayerFiles, LayerRef, map_index
+from .layerfiles import LayerFiles
+from .layerref import LayerRef, map_index
 from .layout import Layout
 from .names import digest_hex, parse_image_name
 from .nodes import Digest
-from .sources import LayerSource, Source
+from .sources import LayerSource, Parts, Source
 from .union import check_lower_links
 
 __all__ = ["Importer", "Progress"]
@@ -52,6 +53,8 @@ class _Staged:
     blob_file: str | None = None
     index_file: str | None = None
     seek_file: str | None = None
+    is_lazy: bool = False
+    lazy_dir: str | None = None
 
 
 class _Counter:
@@ -197,6 +200,9 @@ class Importer:
                     raise _Gone from error
                 raise LayerRefused(str(error)) from error
             return self._stage_derived(layer, made, scratch, prefix, None)
+        if layer.parts is not None:
+            with contextlib.suppress(NoToc):
+                return self._stage_parts(layer, layer.parts, scratch, prefix, counter)
         name = f"blob-{prefix}"
         with contextlib.ExitStack() as stack:
             fd = scratch.create(name)
@@ -216,6 +222,38 @@ class Importer:
                     f"layer {blob} is refused ({error}): fetch the image again, or use another"
                 ) from error
         return self._stage_derived(layer, made, scratch, prefix, name)
+
+    def _stage_parts(
+        self,
+        layer: LayerSource,
+        read_parts: Callable[[], Parts],
+        scratch: Scratch,
+        prefix: str,
+        counter: _Counter,
+    ) -> _Staged:
+        """Raises NoToc."""
+        assert layer.blob is not None, "what is in a registry has a digest"
+        ref = LayerRef(layer.diff_id, layer.blob, layer.size, layer.media_type)
+        # One that is lazy already has more of its blob than a new one.
+        if self._layers.is_lazy(ref):
+            counter.add(layer.size)
+            return _Staged(ref, is_lazy=True)
+        name = f"lazy-{prefix}"
+        try:
+            parts = read_parts()
+        except LayerRefused as error:
+            raise LayerRefused(f"layer {layer.blob} is refused ({error}): use another image") from error
+        scratch.mkdir(name)
+        scratch.write(Layout.lazy_index_in(name), parts.index)
+        scratch.write(Layout.lazy_chunks_in(name), parts.chunks)
+        scratch.write(Layout.lazy_origin_in(name), parts.origin)
+        fd = scratch.create(Layout.lazy_part_in(name))
+        try:
+            os.ftruncate(fd, layer.size)
+        finally:
+            os.close(fd)
+        counter.add(layer.size)
+        return _Staged(ref, is_lazy=True, lazy_dir=name)
 
     def _stage_derived(
         self, layer: LayerSource, made: Ingested, scratch: Scratch, prefix: str, blob_file: str | None
@@ -240,6 +278,12 @@ class Importer:
             check_lower_links(indexes)
 
     def _index_path(self, layer: _Staged, scratch: Scratch) -> str:
+        if layer.is_lazy:
+            ref = layer.ref
+            directory = (
+                scratch.join(layer.lazy_dir) if layer.lazy_dir else self._layout.lazy(ref.diff_id, ref.blob)
+            )
+            return self._layout.lazy_index_in(directory)
         return (
             scratch.join(layer.index_file)
             if layer.index_file
@@ -250,6 +294,8 @@ class Importer:
 
     def _is_there(self, layer: _Staged) -> bool:
         ref = layer.ref
+        if layer.is_lazy:
+            return layer.lazy_dir is not None or os.path.exists(self._layout.lazy(ref.diff_id, ref.blob))
         needed = [] if layer.blob_file else [self._layout.blob(ref.blob)]
         if layer.index_file is None:
             needed.append(self._layout.layer_index(ref.diff_id))
@@ -262,8 +308,15 @@ class Importer:
     ) -> None:
         layout = self._layout
         moves = []
+        obsolete = []
         for layer in {layer.ref: layer for layer in staged}.values():
             ref = layer.ref
+            lazy = layout.lazy(ref.diff_id, ref.blob)
+            if not layer.is_lazy:
+                obsolete.append(lazy)
+            elif layer.lazy_dir is not None and not os.path.exists(lazy):  # nobody else was faster
+                self._workspace.make_directory(layout.layer(ref.diff_id))
+                moves.append((scratch.join(layer.lazy_dir), lazy))
             if layer.blob_file is not None:
                 moves.append((scratch.join(layer.blob_file), layout.blob(ref.blob)))
             if layer.index_file is not None:
@@ -274,3 +327,4 @@ class Importer:
         moves.append((scratch.join("config"), layout.blob(config)))
         moves.append((scratch.join("manifest"), layout.blob(manifest)))
         self._workspace.publish(*moves)
+        self._workspace.discard(*obsolete)

@@ -10,7 +10,8 @@ Operations that may have to wait (for a disk, a lock, a decompressor) are genera
 function to be called in a worker thread and resumes with its result (`Steps`). Between two yields nothing
 else runs: a state change never contains a yield. `run` drives them without an event loop. What may make
 requests of this very mount is handed out as `Outward`, so that it leaves threads free to answer them; who
-waits for such a step of another operation hands out a `Pending`.
+waits for such a step of another operation hands out a `Pending`; what may wait for a network is `Remote`, and
+holds up nothing that waits for a disk.
 """
 
 import itertools
@@ -37,6 +38,7 @@ __all__ = [
     "Maybe",
     "Node",
     "Outward",
+    "Remote",
     "Pending",
     "ROOT_INODE",
     "Steps",
@@ -53,6 +55,18 @@ ROOT_INODE = Inode(1)
 
 class Outward:
     """A step that may make requests of this very mount."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+
+    def __call__(self) -> Any:
+        return self._call()
+
+
+class Remote:
+    """A step that may wait for a network."""
 
     __slots__ = ("_call",)
 

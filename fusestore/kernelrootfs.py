@@ -114,10 +114,17 @@ class ErofsMounts(KernelMounts):
 
     def make_ready(self, image: Image) -> None:
         """A million names take half a minute."""
-        self._store.metadata_image(image)
+        if not self._is_lazy(image):
+            self._store.metadata_image(image)
 
     def _lower(self, image: Image) -> tuple[str, Sequence[str]]:
+        if self._is_lazy(image):
+            raise _Unmountable("its image is not all here yet")
         return self._store.metadata_image(image), self._tars(image)
+
+    def _is_lazy(self, image: Image) -> bool:
+        """Then there are no tars yet."""
+        return any(map(self._store.is_lazy, image.layers))
 
     def _tars(self, image: Image) -> Sequence[str]:
         """Layers that are on disk uncompressed are read there, the others as this mount shows them."""

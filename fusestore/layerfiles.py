@@ -2,51 +2,42 @@
 
 A layer's derived files (layout.py, **layers**) are no truth: what is missing or does not open is derived from
 the blob once more. That a blob has the content of a diff_id is believed only when its seek table is there, or
-the two digests are equal.
+the two digests are equal. A layer whose blob is not here yet is read from its registry (fusestore.lazylayer),
+by whoever does not need all of it, until it is completed (fusestore.completion).
 
 Thread-safe. A layer is shared by all who open it, and closes when nobody refers to it any more.
 """
 
 import contextlib
-import mmap
 import os
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .blobs import LayerReader, derive, open_reader, unpack
+from .completion import complete, read_ahead
 from .durable import Workspace, is_damage, write_sparse
 from .errors import StoreDamaged
 from .layer import LayerIndex
+from .layerref import LayerRef, map_index
 from .layout import Layout
+from .lazylayer import ChunkMemory, Origins, open_lazy, open_source
 from .nodes import Digest
 from .seek import SeekTable
 from .spancache import SpanCache
 
-__all__ = ["Layer", "LayerFiles", "LayerRef", "default_cache_size", "map_index"]
+if TYPE_CHECKING:
+    from .registry import RegistryOptions
+
+__all__ = ["Layer", "LayerFiles", "default_cache_size"]
 
 _KEPT_OPEN = 64
 """Layers kept open though nobody refers to them: opening one costs about a millisecond."""
 
 CACHE_SIZE_MIN = 256 << 20
 CACHE_SIZE_MAX = 16 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRef:
-    """One layer of one image: which content, in which blob."""
-
-    diff_id: Digest
-    blob: Digest
-    size: int
-    """Bytes of the blob."""
-    media_type: str
-
-    @property
-    def is_compressed(self) -> bool:
-        return self.blob != self.diff_id
 
 
 class Layer:
@@ -66,27 +57,19 @@ def default_cache_size(path: str) -> int:
     return min(max(found.f_bavail * found.f_frsize // 10, CACHE_SIZE_MIN), CACHE_SIZE_MAX)
 
 
-def map_index(path: str) -> LayerIndex:
-    """The index in the file. Raises StoreDamaged, naming the file, and OSError.
-
-    It is mapped: the file may be replaced and removed, but never truncated.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        size = os.fstat(fd).st_size
-        if size == 0:
-            raise StoreDamaged(f"layer index {path} is empty: remove it, it is made again from the blob")
-        return LayerIndex(mmap.mmap(fd, size, access=mmap.ACCESS_READ))
-    except StoreDamaged as error:
-        raise StoreDamaged(f"{path}: {error}") from error
-    finally:
-        os.close(fd)
-
-
 class LayerFiles:
     """The layers of one store. `close` it last."""
 
-    def __init__(self, layout: Layout, workspace: Workspace, cache_size: int | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        workspace: Workspace,
+        cache_size: int | None,
+        registries: "Callable[[], RegistryOptions]",
+    ) -> None:
+        self._memory = ChunkMemory()
+        self._origins = Origins(registries, is_hasty=True)
+        self._background = Origins(registries, is_hasty=False)
         self._layout = layout
         self._workspace = workspace
         self._cache_size = cache_size
@@ -97,19 +80,20 @@ class LayerFiles:
         self._recent: OrderedDict[Digest, Layer] = OrderedDict()
         self._opening: dict[Digest, threading.Lock] = {}
 
-    def open(self, ref: LayerRef) -> Layer:
+    def open(self, ref: LayerRef, *, is_whole: bool = False) -> Layer:
         """The layer, shared with all others who opened it. Raises StoreDamaged if its blob is missing or
         damaged.
 
-        Takes seconds when the derived files have to be made again.
+        Takes seconds when the derived files have to be made again. `is_whole`: its reader is of the tar, for
+        which it is fetched where it is not here; raises NotFetched.
         """
         with self._lock:
             opening = self._opening.setdefault(ref.diff_id, threading.Lock())
         with opening:
             with self._lock:
                 layer = self._open.get(ref.diff_id)
-            if layer is None:
-                layer = self._open_or_derive(ref)
+            if layer is None or (is_whole and layer.reader.is_remote):
+                layer = self._open_or_derive(ref, is_whole)
             with self._lock:
                 self._open[ref.diff_id] = layer
                 self._recent[ref.diff_id] = layer
@@ -117,6 +101,37 @@ class LayerFiles:
                 dropped = self._recent.popitem(last=False) if len(self._recent) > _KEPT_OPEN else None
         del dropped  # closes it, outside the lock
         return layer
+
+    def is_lazy(self, ref: LayerRef) -> bool:
+        """Whether its blob is not here, and it is read in parts."""
+        layout = self._layout
+        return not os.path.exists(layout.blob(ref.blob)) and os.path.exists(
+            layout.lazy(ref.diff_id, ref.blob)
+        )
+
+    def read_ahead(self, ref: LayerRef) -> None:
+        """Fetches of a lazy layer what is wanted early. Raises NotFetched, StoreDamaged."""
+        with contextlib.suppress(FileNotFoundError):  # completed, or deleted
+            table, origin = open_source(self._layout, ref)
+            fetch = self._background.of(origin, ref)
+            read_ahead(self._layout, self._workspace, ref, table, fetch)
+
+    def complete(self, ref: LayerRef, *, is_background: bool = False) -> None:
+        """Fetches a lazy layer, whose blob is here then. Raises NotFetched, StoreDamaged.
+
+        `is_background`: nobody waits, so it is tried for long.
+        """
+        origins = self._background if is_background else self._origins
+        with contextlib.suppress(FileNotFoundError):  # completed, or deleted
+            _, origin = open_source(self._layout, ref)
+            complete(self._layout, self._workspace, ref, origins.of(origin, ref))
+        with self._lock:
+            layer = self._open.get(ref.diff_id)
+            # Who has it open goes on with what it was shown by.
+            if layer is not None and layer.reader.is_remote:
+                del self._open[ref.diff_id]
+                self._recent.pop(ref.diff_id, None)
+        del layer
 
     def is_complete(self, ref: LayerRef) -> bool:
         """Whether the derived files open, and so prove that blob and diff_id belong together."""
@@ -159,7 +174,7 @@ class LayerFiles:
         """
         if self.local_tar(ref) is not None:
             return
-        layer = self.open(ref)
+        layer = self.open(ref, is_whole=True)
         with self._workspace.scratch() as scratch:
             fd = scratch.create("tar")
             try:
@@ -205,15 +220,27 @@ class LayerFiles:
             dropped = list(self._recent.values())
             self._recent.clear()
         del dropped
+        self._origins.close()
+        self._background.close()
 
-    def _open_or_derive(self, ref: LayerRef) -> Layer:
+    def _open_or_derive(self, ref: LayerRef, is_whole: bool) -> Layer:
         try:
             return self._open_layer(ref)
         except (OSError, StoreDamaged) as error:
             if not is_damage(error):
                 raise
+        if not self.is_lazy(ref):
             self._derive(ref)
-            return self._open_layer(ref)
+        elif is_whole:
+            self.complete(ref)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # completed just now
+                return self._open_lazy(ref)
+        return self._open_layer(ref)
+
+    def _open_lazy(self, ref: LayerRef) -> Layer:
+        index = map_index(self._layout.lazy_index_in(self._layout.lazy(ref.diff_id, ref.blob)))
+        return Layer(ref, index, open_lazy(self._layout, ref, self._origins, self._memory))
 
     def _open_layer(self, ref: LayerRef) -> Layer:
         index = map_index(self._layout.layer_index(ref.diff_id))

@@ -16,6 +16,12 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
         seek.<blob hex>               restart points in that compressed blob (fusestore.seek)
         cache                         sparse: what was decompressed so far (fusestore.spancache)
         tar                           the layer uncompressed, where `fusestore hydrate` was asked for it
+        lazy.<blob hex>/              instead of the three, as long as the blob is not all here
+          index                       the layer's tree, content numbered by the chunks
+          chunks                      where they are in the blob, their digests (fusestore.chunktable)
+          origin                      where the blob is
+          part                        sparse: what is here of it
+          reached                     how much of its beginning is here for sure
       images/<id>/image               derived from manifest and config: may be deleted
       images/<id>/erofs.1             derived from the layers: may be deleted; made when first mounted
       containers/<id>/                0700, made whole; flock: shared while live, exclusive to change
@@ -67,6 +73,13 @@ diff_id.
 removed at any time; who has it open goes on reading it. Of an uncompressed layer there is none: that is its
 blob.
 
+**layers/<diff_id>/lazy.<blob>/**: made whole, before the image that needs it; goes when the blob is in its
+place, which `part` becomes, and index and seek table are. Its flock is held by who fetches all of it, that of
+`part`, shared, by who writes into it, exclusively by who makes it the blob. ``origin``: JSON, ``reference``
+and ``plain-http``; no credentials. Nothing in ``part`` is believed: a chunk is compared with its digest
+whenever it is read, the whole with the blob's before it becomes one. ``reached``: decimal, the bytes from 0
+on that were synced; absent for none.
+
 **containers/<id>/container**: JSON, UTF-8: ``image-name`` and ``image-id`` (both "" while unbound),
 ``created-at`` (Unix seconds), ``name`` if it is not the id, ``mountlabel`` if not empty, then the user's keys
 in the user's order. The id is not in it (it is the directory's name), nor whether it is mounted (the run
@@ -105,7 +118,7 @@ Refused by a reader, in these words (StoreUnusable)::
 History::
 
     1   first version. scheme came later: a store without it gets it when it is mounted. quarantine and
-        layers/<diff_id>/tar came later
+        layers/<diff_id>/tar came later, lazy.<blob> too
 """
 
 import hashlib
@@ -252,6 +265,31 @@ class Layout:
     def tar(self, diff_id: Digest) -> str:
         return _join(self.layer(diff_id), "tar")
 
+    def lazy(self, diff_id: Digest, blob: Digest) -> str:
+        return _join(self.layer(diff_id), f"lazy.{_hex(blob)}")
+
+    # The same for one that is not in its place yet.
+
+    @staticmethod
+    def lazy_index_in(directory: str) -> str:
+        return _join(directory, "index")
+
+    @staticmethod
+    def lazy_chunks_in(directory: str) -> str:
+        return _join(directory, "chunks")
+
+    @staticmethod
+    def lazy_origin_in(directory: str) -> str:
+        return _join(directory, "origin")
+
+    @staticmethod
+    def lazy_part_in(directory: str) -> str:
+        return _join(directory, "part")
+
+    @staticmethod
+    def lazy_reached_in(directory: str) -> str:
+        return _join(directory, "reached")
+
     def image(self, image_id: str) -> str:
         return _join(self.images, image_id)
 
@@ -292,7 +330,7 @@ class Layout:
 
     @staticmethod
     def is_in_layer(name: str) -> bool:
-        return name in ("index", "cache", "tar") or name.startswith("seek.")
+        return name in ("index", "cache", "tar") or name.startswith(("seek.", "lazy."))
 
     @staticmethod
     def is_in_image(name: str) -> bool:

@@ -18,6 +18,7 @@ import signal
 import time
 import types
 from collections.abc import AsyncIterator, Callable, Iterable
+from typing import NamedTuple
 
 import pyfuse3
 import trio
@@ -48,6 +49,8 @@ _BELL_PAUSE_S = 0.1
 _RINGING_PAUSE_S = 0.005
 """How long the kernel has to forget, at least, while this mount itself waits at another's bell."""
 _GRACE_S = 10.0
+_RETRY_S = 2.0
+_RETRY_MAX_S = 60.0
 _WRITE_BACK_S = 10.0
 
 
@@ -173,7 +176,16 @@ def run(
         stack.callback(record.close)
         _require_alone(store, record)
         watch = stack.enter_context(Watch(filesystem.meter, tree, store))
-        trio.run(_serve, record, store, filesystem, (trash, hydrator), departure, watch, ready)
+        trio.run(
+            _serve,
+            record,
+            store,
+            filesystem,
+            _Chores(trash, hydrator, _Completion(store, trash.wake)),
+            departure,
+            watch,
+            ready,
+        )
     _log.info("unmounted %s: %d lookups, %d handles left", mountpoint, tree.lookups, len(tree.handles))
 
 
@@ -237,6 +249,34 @@ def _sync(disk: int) -> None:
         _log.error("the disk did not take all that was written: %s", error.strerror)
 
 
+class _Completion:
+    """Fetches in the background what lazy images lack, again and again where a registry does not give it.
+
+    The end of the mount does not wait for it: the next mount goes on.
+    """
+
+    def __init__(self, store: Store, discarded: Callable[[], None]) -> None:
+        """`discarded` is told that there may be more in the trash."""
+        self._store = store
+        self._discarded = discarded
+        self._wanted = trio.Event()
+
+    def wake(self) -> None:
+        self._wanted.set()
+
+    async def run(self) -> None:
+        pause_s = _RETRY_S
+        while True:
+            self._wanted = trio.Event()
+            problems = await trio.to_thread.run_sync(self._store.complete_layers, abandon_on_cancel=True)
+            self._discarded()
+            for problem in problems:
+                _log.warning("%s; it is tried again in %.0f s", problem, pause_s)
+            with trio.move_on_after(pause_s if problems else math.inf) as waiting:
+                await self._wanted.wait()
+            pause_s = min(2 * pause_s, _RETRY_MAX_S) if problems and waiting.cancelled_caught else _RETRY_S
+
+
 class _Trash:
     """Empties the store's trash in the background, one worker at a time.
 
@@ -293,11 +333,19 @@ class _Hydrator:
             _log.warning("image %s is not hydrated: %s", image_id[:12], error)
 
 
+class _Chores(NamedTuple):
+    """What a mount does in the background."""
+
+    trash: _Trash
+    hydrator: _Hydrator
+    completion: _Completion
+
+
 async def _serve(
     record: MountRecord,
     store: Store,
     filesystem: Filesystem,
-    chores: tuple["_Trash", "_Hydrator"],
+    chores: _Chores,
     departure: "_Departure",
     watch: Watch,
     ready: Callable[[], None],
@@ -305,7 +353,7 @@ async def _serve(
     async with trio.open_nursery() as nursery:
         filesystem.nursery = nursery
         nursery.start_soon(departure.run)
-        nursery.start_soon(_answer_bell, record, store, filesystem, watch)
+        nursery.start_soon(_answer_bell, record, store, filesystem, watch, chores.completion)
         nursery.start_soon(_announce, record.mountpoint, ready)
         for chore in chores:
             nursery.start_soon(chore.run)
@@ -319,7 +367,9 @@ async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
     ready()
 
 
-async def _answer_bell(record: MountRecord, store: Store, filesystem: Filesystem, watch: Watch) -> None:
+async def _answer_bell(
+    record: MountRecord, store: Store, filesystem: Filesystem, watch: Watch, completion: _Completion
+) -> None:
     """Have the kernel forget what other processes say they changed; tell those who ask how the mount does."""
     assert record.bell is not None, "only the daemon has one"
     record.bell.setblocking(False)
@@ -332,7 +382,7 @@ async def _answer_bell(record: MountRecord, store: Store, filesystem: Filesystem
                 _log.warning("the bell: %s", error)
                 await trio.sleep(_BELL_PAUSE_S)
             else:
-                nursery.start_soon(_hear, connection, record, store, filesystem, watch, nursery)
+                nursery.start_soon(_hear, connection, record, store, filesystem, watch, completion, nursery)
 
 
 async def _hear(
@@ -341,6 +391,7 @@ async def _hear(
     store: Store,
     filesystem: Filesystem,
     watch: Watch,
+    completion: _Completion,
     nursery: trio.Nursery,
 ) -> None:
     with connection:
@@ -355,6 +406,8 @@ async def _hear(
                 changed = Changed.decode(said)
                 if changed.place != IDLE:
                     await _have_forgotten(changed, record, store, filesystem.tree, nursery)
+                    if changed.place == "images":
+                        completion.wake()
                     await connection.send(b"!")
             if changed.place == IDLE:  # as long as the disk takes
                 await filesystem.finish(filesystem.tree.let_go(changed.name))

@@ -25,14 +25,14 @@ from weakref import WeakValueDictionary
 from . import errors, oci
 from .documentfile import DocumentReader
 from .images import INDEX_MAX
-from .imagetree import BlobHandle
+from .imagetree import BlobHandle, open_fetched
 from .inodes import Branch, Caller, Changes, FileHandle, Inodes, Maybe, Node, Steps
 from .layout import OCI_LAYOUT_VERSION
-from .names import parse_digest
+from .names import digest_hex, parse_digest
 from .nodes import Attr, Digest, Inode
 from .ociindex import Known, apply_index
 from .stagedfile import StagedFile, StagedHandle
-from .store import Catalog, Store
+from .store import Catalog, LayerRef, Store
 from .synthetic import MANY_LINKS, SHARED_S, Owner
 from .syscalls import RENAME_NOREPLACE
 
@@ -70,15 +70,19 @@ class _Dir(Node):
 class _Blob(Node):
     """A blob of the store."""
 
-    __slots__ = ("directory", "file", "size")
+    __slots__ = ("directory", "file", "lazy", "size")
 
     entry_timeout_s = 0.0
 
-    def __init__(self, branch: Branch, ino: Inode, directory: Node, file: str, size: int) -> None:
+    def __init__(
+        self, branch: Branch, ino: Inode, directory: Node, file: str, size: int, lazy: LayerRef | None
+    ) -> None:
+        """`lazy`: the layer of which it is, where it is still to be fetched."""
         super().__init__(branch, ino)
         self.directory = directory
         self.file = file
         self.size = size
+        self.lazy = lazy
 
 
 class _Document(Node):
@@ -173,13 +177,17 @@ class OciView(Branch):
         if digest is None:
             raise missing
         file = self._store.blob_path(digest)
+        lazy = None
         try:
             size = os.stat(file).st_size
         except FileNotFoundError:
-            raise missing from None
+            lazy = next((ref for ref in self._store.lazy_layers() if ref.blob == digest), None)
+            if lazy is None:
+                raise missing from None
+            size = lazy.size
         known = self._known.get(path)
         if not isinstance(known, _Blob) or known.size != size:
-            known = self._known[path] = _Blob(self, self._inodes.number(), directory, file, size)
+            known = self._known[path] = _Blob(self, self._inodes.number(), directory, file, size, lazy)
         return known
 
     def parent(self, node: Node) -> Node:
@@ -199,6 +207,7 @@ class OciView(Branch):
                   if path and os.path.dirname(path) == directory.path}  # fmt: skip
         if directory.path == _BLOBS:
             names |= set(os.listdir(os.path.dirname(self._store.blob_path(_ANY))))
+            names |= {digest_hex(ref.blob) for ref in self._store.lazy_layers()}
         return [(os.fsencode(name), None) for name in sorted(names)]
 
     def listed(self, node: Node, name: bytes, token: Any) -> Node | None:
@@ -228,7 +237,7 @@ class OciView(Branch):
 
     # Files
 
-    def open(self, node: Node, flags: int, caller: Caller) -> FileHandle:
+    def open(self, node: Node, flags: int, caller: Caller) -> Maybe[FileHandle]:
         if isinstance(node, _Dir):
             raise errors.IsADirectory("is a directory")
         if isinstance(node, StagedFile):
@@ -236,7 +245,12 @@ class OciView(Branch):
         assert isinstance(node, (_Blob, _Document))
         if flags & os.O_ACCMODE == os.O_RDONLY:
             if isinstance(node, _Blob):
-                return _BlobReader(node, node.file, node.size)
+                blob = node
+
+                def make() -> _BlobReader:
+                    return _BlobReader(blob, blob.file, blob.size)
+
+                return make() if blob.lazy is None else open_fetched(self._store, blob.lazy, make)
             if node.known is not None:
                 self._note_base(_process(caller.pid), node.known)
             return DocumentReader(node, node.data)

@@ -8,16 +8,18 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .blobs import LayerReader
-from .inodes import FileHandle, Maybe, Steps
+from .inodes import FileHandle, Maybe, Remote, Steps
 from .nodes import Extent
 from .objects import Object
 from .quota import Quota
 from .syscalls import pread_now
 
-__all__ = ["OpenFile"]
+__all__ = ["OpenFile", "step_of"]
+
+T = TypeVar("T")
 
 
 class Home(Protocol):
@@ -72,11 +74,13 @@ class OpenFile(FileHandle):
         return data
 
     def _read_decoded(self, source: int, size: int) -> Steps[bytes]:
-        data: bytes = yield lambda: self._reader.read(source, size)
+        data: bytes = yield step_of(self._reader, lambda: self._reader.read(source, size))
         return data
 
     def _read_sparse(self, offset: int, size: int) -> Steps[bytes]:
-        data: bytes = yield lambda: _read_extents(self._reader, self._extents, offset, size)
+        data: bytes = yield step_of(
+            self._reader, lambda: _read_extents(self._reader, self._extents, offset, size)
+        )
         return data
 
     def runs(self, size: int) -> Iterator[tuple[int, int]]:
@@ -147,6 +151,11 @@ class OpenFile(FileHandle):
                     stack.enter_context(self.branch.charged(same))
             finally:
                 os.close(self._fd)
+
+
+def step_of(reader: LayerReader, call: Callable[[], T]) -> Callable[[], T]:
+    """`call`, which reads of `reader`, as a step."""
+    return Remote(call) if reader.is_remote else call
 
 
 def _read_extents(reader: LayerReader, extents: Sequence[Extent], offset: int, size: int) -> bytes:

@@ -33,7 +33,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from . import errors
-from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Steps
+from .inodes import Branch, Caller, FileHandle, Inodes, Maybe, Node, Remote, Steps
 from .names import digest_hex
 from .nodes import Attr, Inode
 from .oci import parse_time_ns, time_text
@@ -298,7 +298,7 @@ class PodmanView(Branch):
         return self._made_tar_split(layer, directory, path) if known is None else known
 
     def _made_tar_split(self, layer: _LayerEntry, directory: _Dir, path: str) -> Steps[Node]:
-        opened = yield lambda: self._store.open_layers(layer.image)
+        opened = yield Remote(lambda: self._store.open_layers(layer.image, is_whole=True))
         return self._node(path, lambda ino: _TarSplitFile(self, ino, directory, opened[layer.number]))
 
     def _diff(self, layer_id: str, layer: _LayerEntry, directory: _Dir) -> Node:

@@ -138,7 +138,11 @@ def _files(layout: Layout, image: Image) -> list[str]:
         *(layout.blob(Digest(blob)) for blob in parts["blobs"]),
         *(layout.layer_index(Digest(diff_id)) for diff_id in parts["layers"]),
         *(layout.tar(Digest(diff_id)) for diff_id in parts["layers"]),
-        *(layout.seek_table(layer.diff_id, layer.blob) for layer in dict.fromkeys(image.layers)),
+        *(
+            of_layer(layer.diff_id, layer.blob)
+            for layer in dict.fromkeys(image.layers)
+            for of_layer in (layout.seek_table, layout.lazy)
+        ),
     ]
 
 

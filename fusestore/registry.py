@@ -9,18 +9,20 @@ Thread-safe; each blob is read by one thread.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import urlencode
+from urllib.request import getproxies_environment
 
 from . import oci
-from .credentials import Credentials
-from .errors import AccessDenied, NotFound, RegistryFailed
+from .credentials import Credentials, auth_files, find_credentials
+from .errors import AccessDenied, NotFound, NoToc, RegistryFailed
 from .nodes import Digest
 from .reference import Reference
 from .transport import Patience, Response, Transient, Transport, Upload, read_some
 
-__all__ = ["BlobReader", "Registry"]
+__all__ = ["BlobReader", "Registry", "RegistryOptions", "usual_options"]
 
 _ACCEPT = ", ".join(oci.ACCEPTED_TYPES)
 _WORKED = 64 << 10
@@ -82,6 +84,32 @@ class Registry:
         """A blob, to be compared with its digest by who reads it. The caller closes it."""
         return BlobReader(self, digest, size)
 
+    def blob_range(self, digest: Digest, size: int, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (at least one) of a blob of `size` bytes, not compared with anything.
+
+        Raises NoToc where the registry gives whole blobs only.
+        """
+
+        def fetch() -> bytes:
+            headers = {"Range": f"bytes={start}-{end - 1}"}
+            try:
+                response = self.ask("GET", self._path(f"blobs/{digest}"), headers)
+            except NotFound:
+                raise self._lost(digest) from None
+            begin, total = _place_of(response)
+            if response.status != HTTPStatus.PARTIAL_CONTENT:
+                response.close()
+                raise NoToc(f"{self.reference.registry} does not give parts of blobs")
+            if begin != start or total not in (None, size):
+                response.close()
+                raise self._wrong(digest, "another part, or another size,")
+            data = self.transport.read(response, end - start)
+            if len(data) < end - start:
+                raise Transient("cuts connections")
+            return data
+
+        return self.transport.again(fetch)
+
     def _document(self, path: str, expected: Digest | None) -> tuple[bytes, str]:
         def fetch() -> tuple[bytes, str]:
             response = self.ask("GET", path, {"Accept": _ACCEPT})
@@ -99,6 +127,10 @@ class Registry:
         return RegistryFailed(
             f"{self.reference.registry} has no blob {digest}, which its manifest lists: push the image anew"
         )
+
+    def _wrong(self, digest: Digest, what: str) -> RegistryFailed:
+        name = self.reference.registry
+        return RegistryFailed(f"{name} sends {what} of blob {digest}: pull again, or another image")
 
     # Pushing
 
@@ -175,6 +207,40 @@ class Registry:
         return f"/v2/{self.reference.repository}/{name}"
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryOptions:
+    """How to talk to a registry."""
+
+    credentials: Callable[[Reference], Credentials | None] = lambda reference: None
+    """Asked once, for the image pulled or pushed (`fusestore.credentials.find_credentials`)."""
+    plain_http: bool = False
+    """Do without TLS: whoever is on the way can read and change everything but what has a digest."""
+    patience: Patience = field(default_factory=Patience)
+    proxies: Mapping[str, str] = field(default_factory=dict)
+    """Scheme → URL of its proxy; "no" → hosts that need none. As urllib.request.getproxies_environment."""
+
+    def open(self, reference: Reference, *, pushes: bool = False) -> Registry:
+        return Registry(
+            reference,
+            credentials=self.credentials(reference),
+            plain_http=self.plain_http,
+            pushes=pushes,
+            patience=self.patience,
+            proxies=self.proxies,
+        )
+
+
+def usual_options(
+    environ: Mapping[str, str], *, plain_http: bool = False, authfile: str | None = None
+) -> RegistryOptions:
+    """As the environment says. Credentials are read when they are asked for, and each time."""
+    return RegistryOptions(
+        lambda reference: find_credentials(reference, auth_files(environ, authfile)),
+        plain_http,
+        proxies=getproxies_environment(),
+    )
+
+
 class BlobReader:
     """The bytes of one blob, as many as it should have, whatever happens to connections."""
 
@@ -218,7 +284,7 @@ class BlobReader:
         skipped = min(self._skip, len(data))
         self._skip -= skipped
         if self._offset + len(data) - skipped > self._size:
-            raise self._wrong(f"over {self._size} bytes")
+            raise self._registry._wrong(self._digest, f"over {self._size} bytes")
         return data[skipped:]
 
     def _connect(self) -> Response:
@@ -230,13 +296,9 @@ class BlobReader:
         start, total = _place_of(response)
         if start not in (0, self._offset) or total not in (None, self._size):
             response.close()
-            raise self._wrong("another part, or another size,")
+            raise self._registry._wrong(self._digest, "another part, or another size,")
         self._skip = self._offset - start
         return response
-
-    def _wrong(self, what: str) -> RegistryFailed:
-        name = self._registry.reference.registry
-        return RegistryFailed(f"{name} sends {what} of blob {self._digest}: pull again, or another image")
 
 
 def _place_of(response: Response) -> tuple[int, int | None]:

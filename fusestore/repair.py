@@ -22,7 +22,7 @@ from .containers import Containers
 from .durable import Workspace, lock_directory, read_file
 from .errors import BadInput, Busy, StoreError
 from .images import INDEX_MAX, Images
-from .layerfiles import LayerRef
+from .layerref import LayerRef
 from .layout import OCI_LAYOUT_VERSION, Layout, RunLayout
 from .scheme import RECORD
 from .store import Store

@@ -30,13 +30,22 @@ from .names import digest_hex, parse_digest, parse_image_name
 from .nodes import Digest
 from .sourcefiles import Reader, SourceArchive, SourceDirectory, SourceFiles, read_document
 
-__all__ = ["Blobs", "LayerSource", "Source", "machine_platform", "open_image", "open_source"]
+__all__ = ["Blobs", "LayerSource", "Parts", "Source", "machine_platform", "open_image", "open_source"]
 
 NESTING_MAX = 3
 """Indexes inside indexes."""
 
 _CONTAINERD_NAME = "io.containerd.image.name"
 _DIGESTS_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a layer is shown by before its blob is here: files of **lazy.<blob>** (layout.py)."""
+
+    index: bytes
+    chunks: bytes
+    origin: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,8 @@ class LayerSource:
     """ "" if the source does not say."""
     open: Callable[[], Reader]
     """The caller closes what it gives. Any thread."""
+    parts: Callable[[], Parts] | None = None
+    """Asked instead, where reading in parts will do; raises NoToc where that cannot be. Any thread."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from isal.isal_zlib import crc32
 
 from .seek import FilePath, SeekTable
 from .streams import RunDecoder
-from .syscalls import pread_now, punch_hole
+from .syscalls import pread_now, punch_hole, pwrite_all
 
 __all__ = ["PARKED_MAX", "SpanCache", "SpanFile"]
 
@@ -319,7 +319,7 @@ class SpanFile:
     def _write(self, entry: _Entry, data: bytes) -> bool:
         """Write and hold a span that is not here. Under the lock."""
         try:
-            _write_whole(self._fd, data, self._table.starts[entry.span])
+            pwrite_all(self._fd, data, self._table.starts[entry.span])
         except OSError as error:
             self._cache._warn_once(error)
             self._punch(entry.span)
@@ -427,11 +427,3 @@ def _data_extents(fd: int) -> Iterator[tuple[int, int]]:
             return
         end = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, end
-
-
-def _write_whole(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while len(view):
-        written = os.pwrite(fd, view, offset)
-        view = view[written:]
-        offset += written

@@ -27,15 +27,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import metadata, oci
 from .containers import Bindings, Container, Containers, Draft, Hold
 from .durable import Scratch, Workspace, read_file
-from .errors import BadInput, Busy, NotFound, StoreDamaged, StoreUnusable
+from .errors import BadInput, Busy, FusestoreError, NotFound, StoreDamaged, StoreUnusable
 from .images import Catalog, Entry, Image, Images
 from .importer import Importer, Progress
-from .layerfiles import Layer, LayerFiles, LayerRef
+from .layerfiles import Layer, LayerFiles
+from .layerref import LayerRef
 from .layout import (
     DEFAULT_TAG,
     FORMAT_VERSION,
@@ -53,6 +54,9 @@ from .names import parse_container_id
 from .nodes import Digest
 from .sources import Source, open_source
 from .syscalls import syncfs
+
+if TYPE_CHECKING:
+    from .registry import RegistryOptions
 
 __all__ = [
     "Bindings",
@@ -103,17 +107,29 @@ class SpanUse(NamedTuple):
     """Bytes it may take."""
 
 
+def _usual_registries() -> "RegistryOptions":
+    from .registry import usual_options  # urllib3 costs each command 50 ms
+
+    return usual_options(os.environ)
+
+
 class Store:
     """An open store. Make one with `open`."""
 
-    def __init__(self, layout: Layout, run: RunLayout, cache_size: int | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        run: RunLayout,
+        cache_size: int | None,
+        registries: "Callable[[], RegistryOptions]",
+    ) -> None:
         self._layout = layout
         self._run = run
         self._workspace = Workspace(tmp=layout.tmp, trash=layout.trash, lock=layout.lock)
         self._run_workspace = Workspace(tmp=run.tmp, trash=run.trash, lock=layout.lock)
         self._containers = Containers(layout, run, self._workspace)
         self._images = Images(layout, self._workspace)
-        self._layers = LayerFiles(layout, self._workspace, cache_size)
+        self._layers = LayerFiles(layout, self._workspace, cache_size, registries)
         self._importer = Importer(layout, self._workspace, self._images, self._layers)
         self._mounts = Mounts(run)
         self._leaves_trash = False
@@ -129,6 +145,7 @@ class Store:
         *,
         create: bool = False,
         cache_size: int | None = None,
+        registries: "Callable[[], RegistryOptions]" = _usual_registries,
     ) -> "Store":
         """The store at `path`.
 
@@ -136,6 +153,7 @@ class Store:
         takes too, $FUSESTORE_RUN_DIR, /run/fusestore for root, the user's runtime directory. `create`: make a
         store where nothing or an empty directory is; two processes may do so at once. `cache_size`: bytes of
         decompressed layers to keep on disk, shared by all layers; default: a tenth of what is free.
+        `registries`: how to talk to those of lazy images; default: as the environment says.
 
         What a crash left behind is cleaned up. Raises StoreUnusable, in the words of layout.py.
         """
@@ -149,7 +167,7 @@ class Store:
         try:
             is_new = _require_store(layout, create)
             run = _prepare_run(run_dir, root)
-            store = cls(layout, run, cache_size)
+            store = cls(layout, run, cache_size, registries)
             store.is_new = is_new
             if not is_of_this_boot(run):
                 with store._workspace.lock():
@@ -333,12 +351,43 @@ class Store:
         self._leaves_trash = True
         self._workspace.discard(self._layout.span_cache(diff_id))
 
-    def open_layers(self, image: Image) -> list[Layer]:
+    def open_layers(self, image: Image, *, is_whole: bool = False) -> list[Layer]:
         """Bottom first; shared with all others who opened them in this process. Keep them while you read.
 
         Missing or damaged derived files are made again, which takes time. Raises StoreDamaged for blobs.
+        `is_whole`: all readers are of tars, for which lazy layers are fetched; raises NotFetched.
         """
-        return [self._layers.open(ref) for ref in image.layers]
+        return [self._layers.open(ref, is_whole=is_whole) for ref in image.layers]
+
+    def open_layer(self, ref: LayerRef) -> Layer:
+        """One of them, with `is_whole`."""
+        return self._layers.open(ref, is_whole=True)
+
+    def lazy_layers(self) -> list[LayerRef]:
+        """Those whose blobs are still in a registry, and read from there in parts. Looks for each layer."""
+        images = self._images.catalog().images.values()
+        return [ref for ref in dict.fromkeys(ref for image in images for ref in image.layers)
+                if self._layers.is_lazy(ref)]  # fmt: skip
+
+    def is_lazy(self, ref: LayerRef) -> bool:
+        """Whether it is one of those."""
+        return self._layers.is_lazy(ref)
+
+    def complete_layer(self, ref: LayerRef) -> None:
+        """Returns when the layer's blob is here: fetched, if need be. Raises NotFetched, StoreDamaged."""
+        if self._layers.is_lazy(ref):
+            self._layers.complete(ref)
+
+    def complete_layers(self) -> list[str]:
+        """Fetches all lazy layers, what is wanted early first. What went wrong, a line for each."""
+        problems = {}
+        for work in (self._layers.read_ahead, partial(self._layers.complete, is_background=True)):
+            for ref in self.lazy_layers():
+                try:
+                    work(ref)
+                except (FusestoreError, OSError) as error:
+                    problems[ref] = str(error)
+        return list(problems.values())
 
     def layer_tar_size(self, ref: LayerRef) -> int:
         """Bytes of the layer as a tar; -1 where its index has to be made first."""
@@ -383,7 +432,7 @@ class Store:
         """
         path = self._layout.metadata_image(image.id)
         if not os.path.exists(path):
-            layers = self.open_layers(image)
+            layers = self.open_layers(image, is_whole=True)
             with self._workspace.scratch() as scratch:
                 write_metadata_image(layers, scratch.create("image"))
                 with self._workspace.lock():

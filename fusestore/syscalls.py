@@ -26,6 +26,7 @@ __all__ = [
     "move_mount",
     "pread_now",
     "punch_hole",
+    "pwrite_all",
     "renameat2",
     "syncfs",
     "umount2",
@@ -113,6 +114,15 @@ def pread_now(fd: int, size: int, offset: int) -> bytes | None:
     if count < size and offset + count < os.fstat(fd).st_size:
         return None
     return bytes(memoryview(buffer)[:count])
+
+
+def pwrite_all(fd: int, data: bytes, offset: int) -> None:
+    """pwrite(2), until all is written."""
+    view = memoryview(data)
+    while len(view):
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

@@ -5,55 +5,32 @@ published whole; what the store has is not fetched. A pull that fails keeps noth
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from typing import IO
 
 from . import oci
-from .credentials import Credentials
 from .durable import is_damage
 from .errors import BadInput, BadName, StoreDamaged, StoreError
 from .images import Image
 from .importer import Progress
+from .lazylayer import read_parts
 from .nodes import Digest
 from .reference import Reference, parse_reference
-from .registry import Registry
+from .registry import Registry, RegistryOptions
 from .sourcefiles import Reader
 from .sources import Source, open_image
 from .store import Store
-from .transport import Patience, Upload
+from .transport import Upload
 
 __all__ = ["RegistryOptions", "pull", "push"]
 
 _PARALLEL = 4
 """Layers on their way at once: registries often bound what one connection gets."""
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryOptions:
-    """How to talk to a registry."""
-
-    credentials: Callable[[Reference], Credentials | None] = lambda reference: None
-    """Asked once, for the image pulled or pushed (`fusestore.credentials.find_credentials`)."""
-    plain_http: bool = False
-    """Do without TLS: whoever is on the way can read and change everything but what has a digest."""
-    patience: Patience = field(default_factory=Patience)
-    proxies: Mapping[str, str] = field(default_factory=dict)
-    """Scheme → URL of its proxy; "no" → hosts that need none. As urllib.request.getproxies_environment."""
-
-    def open(self, reference: Reference, *, pushes: bool = False) -> Registry:
-        return Registry(
-            reference,
-            credentials=self.credentials(reference),
-            plain_http=self.plain_http,
-            pushes=pushes,
-            patience=self.patience,
-            proxies=self.proxies,
-        )
 
 
 def pull(
@@ -62,13 +39,15 @@ def pull(
     *,
     name: str | None = None,
     platform: oci.Platform | None = None,
+    is_lazy: bool = False,
     options: RegistryOptions | None = None,
     progress: Progress | None = None,
 ) -> Image:
     """Takes an image of a registry into the store, whole and verified, or nothing.
 
     It is called by its reference in full (docker.io/library/busybox:latest), or `name`. `platform`: of an
-    image for several, instead of this machine's.
+    image for several, instead of this machine's. `is_lazy`: layers that can be read in parts are not fetched,
+    but their tables of contents; they are when a mount has the time (fusestore.lazylayer).
 
     Raises BadName, NotFound (the registry has no such image), AccessDenied, RegistryFailed, and what
     `Store.import_image` raises.
@@ -80,12 +59,24 @@ def pull(
         registry = options.open(reference)
         try:
             data, media_type = registry.manifest()
-            return open_image(_RegistryBlobs(registry), data, media_type, [str(reference)], platform)
+            source = open_image(_RegistryBlobs(registry), data, media_type, [str(reference)], platform)
+            return _in_parts(source, registry, options.plain_http) if is_lazy else source
         except BaseException:
             registry.close()
             raise
 
     return store.import_source(open_source, [name] if name else [], progress)
+
+
+def _in_parts(source: Source, registry: Registry, plain_http: bool) -> Source:
+    """The same, of layers that need not be fetched."""
+    assert source.manifest is not None, "an image in a registry has one"
+    manifest = oci.parse_manifest(source.manifest, str(registry.reference), source.manifest_type)
+    layers = tuple(
+        replace(layer, parts=partial(read_parts, registry, descriptor, plain_http))
+        for layer, descriptor in zip(source.layers, manifest.layers, strict=True)
+    )
+    return replace(source, layers=layers)
 
 
 class _RegistryBlobs:
@@ -124,6 +115,8 @@ def push(
     """
     reference = parse_reference(reference_text)
     image = store.image(image_ref)
+    for layer in image.layers:
+        store.complete_layer(layer)
     data = store.manifest(image)
     manifest = oci.parse_manifest(data, f"manifest {image.manifest}")
     if reference.digest not in (None, image.manifest):

@@ -38,7 +38,7 @@ from .errors import (
 from .inodes import Caller, Changes, FileHandle, Maybe, Node, Steps
 from .nodes import WHITEOUT_RDEV, Attr, Extent, Xattrs
 from .objects import Object
-from .openfile import OpenFile
+from .openfile import OpenFile, step_of
 from .rootfs import Rootfs
 from .scheme import Scheme
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, groups_of
@@ -478,7 +478,7 @@ class WritableRootfs(Rootfs):
         if quota is not None:
             quota.used += content  # others go on while it is copied
         try:
-            yield lambda: _copy_content(reader, extents, length, fd)
+            yield step_of(reader, lambda: _copy_content(reader, extents, length, fd))
             if thing.in_upper:
                 return  # by somebody else, while the content was copied
             attr = self._lower.attr(stack)

@@ -100,6 +100,8 @@ def opaque(path: bytes) -> Member:
 class _Reader:
     """The content of a layer, in memory."""
 
+    is_remote = False
+
     def __init__(self, content: bytes) -> None:
         self._content = content
 
