@@ -53,28 +53,28 @@ Maybe = Union[T, Steps[T]]  # noqa: UP007 - mypy takes no bare TypeVar in X | Y
 ROOT_INODE = Inode(1)
 
 
-class Outward:
+class _Step:
+    """A step of a kind that is not run as others are."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+
+    def __call__(self) -> Any:
+        return self._call()
+
+
+class Outward(_Step):
     """A step that may make requests of this very mount."""
 
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._call = call
-
-    def __call__(self) -> Any:
-        return self._call()
+    __slots__ = ()
 
 
-class Remote:
+class Remote(_Step):
     """A step that may wait for a network."""
 
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._call = call
-
-    def __call__(self) -> Any:
-        return self._call()
+    __slots__ = ()
 
 
 class Pending:

@@ -25,8 +25,12 @@ from pathlib import Path
 from isal import isal_zlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rig.distribution import make_distribution
 from rig.images import Image, Images, make_images
 from rig.ocisources import OCI, SourceMaker, digest, tar_of
+from rig.people import root
+from rig.podman import podman_of
+from rig.registries import docker_registry, hold_back, proxy_of, skopeo
 
 ROUNDS = 5
 CONTAINERS = 10_000
@@ -448,6 +452,53 @@ def bench_directory(base: Path, images: Images) -> None:
     place.umount()
 
 
+def bench_lazy(base: Path, images: Images) -> None:
+    """From nothing to the content of one file of an image in a registry: Debian with a compiler."""
+    place = base / "lazy"
+    place.mkdir()
+    (place / "mnt").mkdir()
+    env = {"FUSESTORE_STORE": str(place / "store"), "FUSESTORE_RUN_DIR": str(place / "run")}
+
+    def ours(reference: str) -> None:
+        run(*COMMAND, "pull", "--lazy", reference, env=env)
+        run(*COMMAND, "mount", place / "mnt", env=env)
+        run(*COMMAND, "create", "default", "c", env=env)
+        run("cat", place / "mnt/containers/c/rootfs/etc/debian_version")
+
+    def clear() -> None:
+        run(*COMMAND, "umount", place / "mnt", env=env)
+        shutil.rmtree(place / "store")
+
+    with (
+        docker_registry(base / "registry") as registry,
+        proxy_of(registry.port) as proxy,
+        podman_of(root(), place) as podman,
+    ):
+        reference = f"{registry.name}/lazy/app:1"
+        options = ("--dest-compress-format", "zstd:chunked", "--dest-tls-verify=false")
+        run("skopeo", "copy", *options, make_distribution().source, f"docker://{reference}")
+
+        def theirs() -> None:
+            # It warns of what it finds itself: no .ok().
+            assert podman("pull", "--quiet", "--tls-verify=false", reference).code == 0
+            assert podman.run("--rm", reference, "cat", "/etc/debian_version").code == 0
+
+        lazy, whole = [], []
+        for _ in range(LARGE_ROUNDS):
+            lazy.append(timed(lambda: ours(reference)))
+            clear()
+            whole.append(timed(theirs))
+            assert podman("rmi", "--all", "--force").code == 0
+        ratio = statistics.median(lazy) / statistics.median(whole)
+        row("pull --lazy, mount, create, read a file", "podman pull, podman run", ratio, "at most 0.1")
+        hold_back(proxy)
+        ours(f"{proxy.name}/lazy/app:1")
+        size = sum(layer["Size"] for layer in json.loads(
+            skopeo("inspect", "--tls-verify=false", f"docker://{reference}"))["LayersData"])  # fmt: skip
+        clear()
+        row("bytes fetched until then", "the image", proxy.fetched() / size)
+
+
 @contextlib.contextmanager
 def mounted(*subjects: Subject) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -465,6 +516,7 @@ PARTS = {
     "loop": bench_loop,
     "concurrency": bench_concurrency,
     "directory": bench_directory,
+    "lazy": bench_lazy,
 }
 
 

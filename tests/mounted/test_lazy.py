@@ -19,6 +19,7 @@ from rig.images import Images
 from rig.mounts import Mount, Place, wait_until
 from rig.people import Person
 from rig.registries import (
+    BLOBS,
     PASSWORD,
     USER,
     Answer,
@@ -26,6 +27,7 @@ from rig.registries import (
     Fault,
     Proxy,
     docker_registry,
+    hold_back,
     proxy_of,
     skopeo,
 )
@@ -35,7 +37,6 @@ from rig.tinyimages import Blob, write_layout
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-_BLOBS = r"GET .*/blobs/"
 _NOISE = random.Random(5).randbytes(3 << 20)
 """What no compression makes smaller."""
 _MISSING = "is not all here"
@@ -99,35 +100,13 @@ def _fill(
     return f"{proxy.name}/{name}:latest"
 
 
-def _hold_back(proxy: Proxy, other: Callable[[Answer], None] = lambda answer: None) -> Fault:
-    """Has the registry refuse what fetches blobs from their beginning, as the completion does.
-
-    `other` is done to all other answers with parts of blobs.
-    """
-
-    def refuse(answer: Answer) -> None:
-        if answer.headers.get("Content-Range", "").startswith("bytes 0-"):
-            answer.status = 503
-        else:
-            other(answer)
-
-    fault = Fault(_BLOBS, refuse)
-    proxy.faults.append(fault)
-    return fault
-
-
 def _gone(answer: Answer) -> None:
     answer.cut_before = True
 
 
-def _fetched(proxy: Proxy) -> int:
-    """Bytes of blobs that came through."""
-    return sum(seen.sent for seen in proxy.requests(_BLOBS) if seen.status in (200, 206))
-
-
 def _ranges(proxy: Proxy) -> list[tuple[int, int]]:
     """The parts of blobs that were asked for, in order."""
-    found = (re.match(r"bytes=(\d+)-(\d+)", seen.headers.get("Range", "")) for seen in proxy.requests(_BLOBS))
+    found = (re.match(r"bytes=(\d+)-(\d+)", seen.headers.get("Range", "")) for seen in proxy.requests(BLOBS))
     return [(int(match[1]), int(match[2]) + 1) for match in found if match]
 
 
@@ -150,6 +129,16 @@ def _sha256(mount: Mount, path: str) -> str:
     return mount.sh("sha256sum < $1", path).ok().split()[0]
 
 
+def _mount_held(mount: Mount, registry: DockerRegistry, proxy: Proxy, base: Path) -> str:
+    """Mounts a store with a lazy image, of which no more comes than is read; its name."""
+    name = _fill(registry, proxy, [make_stargz(_members())], base)
+    mount.expect(_MISSING)
+    hold_back(proxy)
+    mount.fusestore("pull", "--lazy", name).ok()
+    mount.mount()
+    return name
+
+
 ROOT = "images/default/rootfs"
 
 
@@ -162,7 +151,7 @@ def test_an_image_in_zstd_chunked(
     """Before its content is here it is the same as after it, and as any tool unpacks it."""
     with proxy_of(registry.port) as proxy:
         mount.expect(_MISSING)
-        _hold_back(proxy)
+        hold_back(proxy)
         name = f"{proxy.name}/{chunked.partition('/')[2]}"
         pulled = mount.fusestore("pull", "--lazy", name).ok().strip()
         assert _is_lazy(mount)
@@ -187,7 +176,7 @@ def test_an_image_in_estargz(mount: Mount, registry: DockerRegistry, proxy: Prox
     upper = make_stargz([(tarfile.TarInfo("dir/.wh.small"), b""), (tarfile.TarInfo("new"), b"")])
     name = _fill(registry, proxy, [lower, upper], tmp_path)
     mount.expect(_MISSING)
-    _hold_back(proxy)
+    hold_back(proxy)
     mount.fusestore("pull", "--lazy", name).ok()
     mount.mount()
     before = mount.person.call(snapshot, mount.images / "default/rootfs")
@@ -218,18 +207,18 @@ def test_an_image_in_estargz(mount: Mount, registry: DockerRegistry, proxy: Prox
 def test_the_first_read_fetches_little(mount: Mount, chunked: str, registry: DockerRegistry) -> None:
     with proxy_of(registry.port) as proxy:
         mount.expect(_MISSING)
-        _hold_back(proxy)
+        hold_back(proxy)
         mount.fusestore("pull", "--lazy", f"{proxy.name}/{chunked.partition('/')[2]}").ok()
         (image,) = json.loads(mount.fusestore("images", "--json").ok())
         mount.mount()
         assert mount.sh("cat $1/lower/kept/file0", ROOT).ok() == "kept 0\n"
-        assert _fetched(proxy) <= 0.02 * image["size"]
+        assert proxy.fetched() <= 0.02 * image["size"]
         # Once.
-        fetched = _fetched(proxy)
+        fetched = proxy.fetched()
         mount.umount()
         mount.mount()
         assert mount.sh("cat $1/lower/kept/file0", ROOT).ok() == "kept 0\n"
-        assert _fetched(proxy) == fetched
+        assert proxy.fetched() == fetched
 
 
 def test_a_file_is_fetched_by_its_chunks(
@@ -237,13 +226,13 @@ def test_a_file_is_fetched_by_its_chunks(
 ) -> None:
     name = _fill(registry, proxy, [make_stargz(_members(), chunk_size=1 << 18)], tmp_path)
     mount.expect(_MISSING)
-    _hold_back(proxy)
+    hold_back(proxy)
     mount.fusestore("pull", "--lazy", name).ok()
     mount.mount()
-    before = _fetched(proxy)
+    before = proxy.fetched()
     part = mount.sh("dd if=$1/dir/big bs=4096 skip=512 count=1 status=none | sha256sum", ROOT).ok()
     assert part.split()[0] == hashlib.sha256(_NOISE[512 * 4096 : 513 * 4096]).hexdigest()
-    assert _fetched(proxy) - before <= 3 << 18
+    assert proxy.fetched() - before <= 3 << 18
 
 
 def test_layers_without_a_table_are_downloaded(
@@ -254,7 +243,7 @@ def test_layers_without_a_table_are_downloaded(
         tar.addfile(tarfile.TarInfo("plain"))
     name = _fill(registry, proxy, [Blob.of(out.getvalue()), make_stargz(_members())], tmp_path)
     mount.expect(_MISSING)
-    _hold_back(proxy)
+    hold_back(proxy)
     mount.fusestore("pull", "--lazy", name).ok()
     layers = json.loads(mount.fusestore("inspect", name).ok())["layers"]
     there = [(mount.store / "blobs/sha256" / layer["digest"][7:]).exists() for layer in layers]
@@ -307,7 +296,7 @@ def test_a_damaged_chunk_is_an_error_and_never_shown(
         if any(answer.headers.get("Content-Range", "").startswith(f"bytes {start}-") for start in damaged):
             answer.body = answer.body[:12] + bytes([answer.body[12] ^ 1]) + answer.body[13:]
 
-    _hold_back(proxy, damage)
+    hold_back(proxy, damage)
     mount.fusestore("pull", "--lazy", name).ok()
     mount.mount()
     damaged.add(place)
@@ -325,11 +314,7 @@ def test_without_the_registry_what_is_here_is_read(
     mount: Mount, registry: DockerRegistry, proxy: Proxy, tmp_path: Path
 ) -> None:
     """What is missing is EIO, until the registry is back; nothing has to be mounted anew."""
-    name = _fill(registry, proxy, [make_stargz(_members())], tmp_path)
-    mount.expect(_MISSING)
-    _hold_back(proxy)
-    mount.fusestore("pull", "--lazy", name).ok()
-    mount.mount()
+    name = _mount_held(mount, registry, proxy, tmp_path)
     mount.sh("mkdir containers/c; cat $1/dir/small > /dev/null", ROOT).ok()
     gone = Fault(".", _gone)
     proxy.faults.insert(0, gone)
@@ -347,6 +332,55 @@ def test_without_the_registry_what_is_here_is_read(
     _let_go(mount, proxy, name)
 
 
+def test_who_waits_for_the_registry_holds_up_nobody(
+    mount: Mount, registry: DockerRegistry, proxy: Proxy, tmp_path: Path
+) -> None:
+    """More readers than the mount has threads for its disk."""
+    files = {f"f{number}": b"%d" % number for number in range(20)}
+    name = _fill(registry, proxy, [make_stargz(_members(**files))], tmp_path)
+    mount.expect(_MISSING)
+
+    def stall(answer: Answer) -> None:
+        answer.stalls_at = 0
+
+    mount.fusestore("pull", "--lazy", name).ok()
+    proxy.faults.append(Fault(BLOBS, stall))
+    mount.mount()
+    mount.sh("mkdir containers/c; echo here > containers/c/rootfs/here").ok()
+    found = mount.sh(
+        "for number in $(seq 0 19); do cat $1/f$number > /dev/null 2>&1 & done;"
+        "until [ $(jobs -r | wc -l) = 20 ]; do :; done;"
+        "cat containers/c/rootfs/here; ls $1/dir; jobs -r | wc -l; kill $(jobs -p)",
+        ROOT,
+        deadline_s=8,
+    )  # fmt: skip
+    proxy.released.set()
+    proxy.faults.clear()
+    assert found.out.split() == ["here", "big", "link", "same", "small", "20"]
+    wait_until(lambda: mount.fusestore("umount", mount.mountpoint).code == 0, 30)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("person", ["root"], indirect=True, scope="session")
+@pytest.mark.parametrize("driver", ["erofs", "overlay"])
+def test_the_kernel_over_a_lazy_image(
+    person: Person, place: Place, registry: DockerRegistry, proxy: Proxy, tmp_path: Path, driver: str
+) -> None:
+    mount = Mount(person, place.base / "lazy", "--driver", driver)
+    try:
+        name = _mount_held(mount, registry, proxy, tmp_path)
+        shown = mount.sh(
+            "mkdir containers/c; cat containers/c/rootfs/last; stat -f -c %T containers/c/rootfs/dir"
+        )
+        assert shown.ok().split() == ["last", "fuseblk" if driver == "erofs" else "overlayfs"]
+        _let_go(mount, proxy, name)
+        assert mount.sh("cat containers/c/rootfs/dir/small").ok() == "small\n"
+        shown = mount.sh("mkdir containers/d; cd containers/d/rootfs; cat last; stat -f -c %T dir")
+        assert shown.ok().split() == ["last", "overlayfs"]
+    finally:
+        mount.close()
+
+
 def test_killed_in_the_middle(mount: Mount, registry: DockerRegistry, proxy: Proxy, tmp_path: Path) -> None:
     """The next mount goes on; and the blob is the right one."""
     stargz = make_stargz(_members(more=_NOISE[::-1]))
@@ -356,7 +390,7 @@ def test_killed_in_the_middle(mount: Mount, registry: DockerRegistry, proxy: Pro
     def slow(answer: Answer) -> None:
         answer.pause_s = 0.05
 
-    proxy.faults.append(Fault(_BLOBS, slow))
+    proxy.faults.append(Fault(BLOBS, slow))
     mount.fusestore("pull", "--lazy", name).ok()
     mount.mount()
     wait_until(lambda: any(end > 2 << 20 for _, end in _ranges(proxy)))
@@ -384,7 +418,7 @@ def test_a_blob_that_came_damaged_is_fetched_anew(
         if answer.headers.get("Content-Range", "").startswith("bytes 0-"):
             answer.body = answer.body[:4] + bytes([answer.body[4] ^ 1]) + answer.body[5:]
 
-    proxy.faults.append(Fault(_BLOBS, damage, times=4))
+    proxy.faults.append(Fault(BLOBS, damage, times=4))
     mount.fusestore("pull", "--lazy", name).ok()
     mount.mount()
     _wait_until_complete(mount)
@@ -462,11 +496,11 @@ def test_what_the_landmark_marks_is_fetched_first(
     _wait_until_complete(mount)
     landmark = next(entry["offset"] for entry in marked.entries if entry["name"] == LANDMARK)
     assert _ranges(proxy)[0] == (0, landmark)
-    first = proxy.requests(_BLOBS)[0]
+    first = proxy.requests(BLOBS)[0]
     assert hashlib.sha256(marked.data).hexdigest() in first.path
 
 
-@pytest.mark.parametrize("how", ["pull", "import", "push", "commit", "blob", "tar", "skopeo"])
+@pytest.mark.parametrize("how", ["pull", "import", "push", "commit", "hydrate", "blob", "tar", "skopeo"])
 def test_what_needs_all_of_it_fetches_it(
     mount: Mount, registry: DockerRegistry, proxy: Proxy, tmp_path: Path, how: str
 ) -> None:
@@ -475,7 +509,7 @@ def test_what_needs_all_of_it_fetches_it(
     mount.expect(_MISSING)
     mount.fusestore("pull", "--lazy", name).ok()
     if how in ("blob", "tar", "skopeo"):
-        held = _hold_back(proxy)
+        held = hold_back(proxy)
         mount.mount()
         wait_until(lambda: held.done > 0)
         proxy.faults.clear()
@@ -488,6 +522,8 @@ def test_what_needs_all_of_it_fetches_it(
     elif how == "commit":
         mount.fusestore("create", "default", "c").ok()
         mount.fusestore("commit", "c", "localhost/committed").ok()
+    elif how == "hydrate":
+        mount.fusestore("hydrate", "default").ok()
     elif how == "skopeo":
         source, target = f"oci:{mount.mountpoint}/views/oci:{name}", f"oci:{mount.base}/back:app"
         mount.person.run("skopeo", "--insecure-policy", "copy", source, target).ok()
@@ -504,11 +540,7 @@ def test_looking_at_an_image_does_not_wait_for_it(
     mount: Mount, registry: DockerRegistry, proxy: Proxy, tmp_path: Path
 ) -> None:
     """Names are listed; what a container changed is exported and compared, the rest fetched by its chunks."""
-    name = _fill(registry, proxy, [make_stargz(_members())], tmp_path)
-    mount.expect(_MISSING)
-    _hold_back(proxy)
-    mount.fusestore("pull", "--lazy", name).ok()
-    mount.mount()
+    _mount_held(mount, registry, proxy, tmp_path)
     assert mount.sh("ls images/default/layers/0").ok().split() == ["blob", "rootfs", "tar"]
     mount.sh("mkdir containers/c; echo more >> containers/c/rootfs/last").ok()
     assert mount.fusestore("diff", "c").ok() == "C /last\n"
@@ -522,11 +554,7 @@ def test_looking_at_an_image_does_not_wait_for_it(
 def test_a_lazy_image_is_deleted(
     mount: Mount, registry: DockerRegistry, proxy: Proxy, tmp_path: Path
 ) -> None:
-    name = _fill(registry, proxy, [make_stargz(_members())], tmp_path)
-    mount.expect(_MISSING)
-    _hold_back(proxy)
-    mount.fusestore("pull", "--lazy", name).ok()
-    mount.mount()
+    name = _mount_held(mount, registry, proxy, tmp_path)
     mount.sh("cat $1/last; id=$(readlink images/default); rm images/default images/$2; rmdir images/$id",
              ROOT, name).ok()  # fmt: skip
     assert list(mount.store.glob("layers/*")) == []

@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 from rig.mounts import wait_until
 
 __all__ = [
+    "BLOBS",
     "IDENTITY_TOKEN",
     "PASSWORD",
     "TOOLS",
@@ -33,11 +34,15 @@ __all__ = [
     "Fault",
     "Proxy",
     "docker_registry",
+    "hold_back",
     "proxy_of",
     "skopeo",
 ]
 
 TOOLS = ("docker-registry", "openssl", "skopeo")
+
+BLOBS = r"GET .*/blobs/"
+"""What asks for a blob, or a part of one."""
 
 USER, PASSWORD = "someone", "s3cret-pass"
 IDENTITY_TOKEN = "s3cret-pass-as-token"
@@ -183,6 +188,10 @@ class Proxy:
     def requests(self, where: str) -> list[Seen]:
         return [seen for seen in self.seen if re.search(where, f"{seen.method} {seen.path}")]
 
+    def fetched(self) -> int:
+        """Bytes of blobs that went back."""
+        return sum(seen.sent for seen in self.requests(BLOBS) if seen.status in (200, 206))
+
     def challenge(self) -> str:
         return f'Bearer realm="http://{self.name}/token",service="test"'
 
@@ -205,6 +214,23 @@ class Proxy:
             token = f"t0ken-{len(self._tokens)}"
             self._tokens[token] = self.token_lives
         return 200, json.dumps({"token": token}).encode()
+
+
+def hold_back(proxy: Proxy, other: Callable[[Answer], None] = lambda answer: None) -> Fault:
+    """Has the registry refuse what fetches blobs from their beginning, as the completion of lazy layers does.
+
+    `other` is done to all other answers with parts of blobs.
+    """
+
+    def refuse(answer: Answer) -> None:
+        if answer.headers.get("Content-Range", "").startswith("bytes 0-"):
+            answer.status = 503
+        else:
+            other(answer)
+
+    fault = Fault(BLOBS, refuse)
+    proxy.faults.append(fault)
+    return fault
 
 
 @contextmanager
