@@ -268,7 +268,11 @@ class _Completion:
         pause_s = _RETRY_S
         while True:
             self._wanted = trio.Event()
-            problems = await trio.to_thread.run_sync(self._store.complete_layers, abandon_on_cancel=True)
+            try:
+                problems = await trio.to_thread.run_sync(self._store.complete_layers, abandon_on_cancel=True)
+            except Exception:
+                _log.exception("fetching lazy images failed unforeseen")
+                problems = ["lazy images are not fetched"]
             self._discarded()
             for problem in problems:
                 _log.warning("%s; it is tried again in %.0f s", problem, pause_s)

@@ -382,7 +382,11 @@ class Store:
         """Fetches all lazy layers, what is wanted early first. What went wrong, a line for each."""
         problems = {}
         for work in (self._layers.read_ahead, partial(self._layers.complete, is_background=True)):
-            for ref in self.lazy_layers():
+            try:
+                lazy = self.lazy_layers()
+            except (FusestoreError, OSError) as error:
+                return [str(error)]
+            for ref in lazy:
                 try:
                     work(ref)
                 except (FusestoreError, OSError) as error:

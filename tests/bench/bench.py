@@ -30,7 +30,7 @@ from rig.images import Image, Images, make_images
 from rig.ocisources import OCI, SourceMaker, digest, tar_of
 from rig.people import root
 from rig.podman import podman_of
-from rig.registries import docker_registry, hold_back, proxy_of, skopeo
+from rig.registries import docker_registry, hold_back, proxy_of
 
 ROUNDS = 5
 CONTAINERS = 10_000
@@ -493,8 +493,8 @@ def bench_lazy(base: Path, images: Images) -> None:
         row("pull --lazy, mount, create, read a file", "podman pull, podman run", ratio, "at most 0.1")
         hold_back(proxy)
         ours(f"{proxy.name}/lazy/app:1")
-        size = sum(layer["Size"] for layer in json.loads(
-            skopeo("inspect", "--tls-verify=false", f"docker://{reference}"))["LayersData"])  # fmt: skip
+        found = subprocess.check_output([*COMMAND, "images", "--json"], env={**os.environ, **env})
+        size = json.loads(found)[0]["size"]
         clear()
         row("bytes fetched until then", "the image", proxy.fetched() / size)
 
