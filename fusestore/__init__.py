@@ -28,6 +28,7 @@ below it (setup.cfg, checked by import-linter)::
     drivers                 how a rootfs comes into the tree: union, erofs, overlay
     kernelrootfs            a rootfs that the kernel serves, mounted when somebody comes
     mounter                 the process that mounts for a daemon
+    erofsmount              EROFS images mounted, by loop devices where need be
     writable                changes in a rootfs: copy-up, whiteouts, renames
     rootfs                  looking and reading in a rootfs
     openfile · objects      an open file there · its objects, those with a descriptor

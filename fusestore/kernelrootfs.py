@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
+from .erofsmount import mounts_files
 from .errors import Busy, FusestoreError, Locked, NotSupported, Stale
 from .images import Image
 from .inodes import Branch, Closable, Inodes, Maybe, Node, Outward, Pending, Steps
@@ -50,6 +51,8 @@ _POLL_S = 0.05
 
 class KernelMounts(ABC):
     """What the kernel has mounted for a daemon. `mount` is for threads, the rest for the event loop's."""
+
+    _by_loops = False
 
     def __init__(self, store: Store, mountpoint: str, most: int, scheme: Scheme) -> None:
         """`most`: how many containers may be mounted. Each takes a descriptor here and one of the mounter."""
@@ -86,7 +89,10 @@ class KernelMounts(ABC):
     def mount(self, container_id: str, image: Image, hold: Closable) -> "_Mounted":
         """Makes requests of the mount itself. `hold` is closed when it is unmounted. Raises OSError."""
         token, number = self.mounter.mount(
-            self.place(container_id), *self._lower(image), self._options(container_id)
+            self.place(container_id),
+            *self._lower(image),
+            self._options(container_id),
+            by_loops=self._by_loops,
         )
         return _Mounted(self.mounter, token, number, hold, _former(self._store, container_id))
 
@@ -112,10 +118,24 @@ class KernelMounts(ABC):
 class ErofsMounts(KernelMounts):
     """Over an EROFS image of the names, which leads into the layers' tars."""
 
+    def __init__(self, store: Store, mountpoint: str, most: int, scheme: Scheme) -> None:
+        super().__init__(store, mountpoint, most, scheme)
+        file = store.unnamed_file()
+        try:
+            self._by_loops = not mounts_files(file)
+        finally:
+            os.close(file)
+        if self._by_loops:
+            _log.info("the kernel mounts no files: by loop devices, of images that are hydrated for it")
+
     def make_ready(self, image: Image) -> None:
         """A million names take half a minute."""
-        if not self._is_lazy(image):
-            self._store.metadata_image(image)
+        if self._is_lazy(image):
+            return
+        self._store.metadata_image(image)
+        if self._by_loops:
+            for layer in image.layers:
+                self._store.hydrate_layer(image, layer, lambda count: None)
 
     def _lower(self, image: Image) -> tuple[str, Sequence[str]]:
         if self._is_lazy(image):
@@ -129,10 +149,13 @@ class ErofsMounts(KernelMounts):
     def _tars(self, image: Image) -> Sequence[str]:
         """Layers that are on disk uncompressed are read there, the others as this mount shows them."""
         shown = f"{self._mountpoint}/images/{image.id}/layers"
-        return [
+        tars = [
             self._store.local_tar(layer) or f"{shown}/{number}/tar"
             for number, layer in enumerate(image.layers)
         ]
+        if self._by_loops and any(tar.startswith(shown) for tar in tars):
+            raise NotSupported("its image is not hydrated: there is no room for it, or it was undone")
+        return tars
 
 
 class OverlayMounts(KernelMounts):

@@ -167,13 +167,11 @@ class LayerFiles:
     def hydrate(
         self, ref: LayerRef, confirm: Callable[[], object], progress: Callable[[int], object]
     ) -> None:
-        """Makes the layer's local tar, where it has none. `confirm`, called with the store's names locked,
+        """Makes the layer's local tar. `confirm`, called with the store's names locked,
         raises if it is not to be any more; `progress` is told the length of each piece.
 
         It is whole, verified and on disk before anybody sees it. Raises StoreDamaged, OSError.
         """
-        if self.local_tar(ref) is not None:
-            return
         layer = self.open(ref, is_whole=True)
         with self._workspace.scratch() as scratch:
             fd = scratch.create("tar")

@@ -26,13 +26,11 @@ from typing import Any
 
 import msgpack
 
+from .erofsmount import MountedImage, mount_image, mount_overlay
 from .syscalls import (
     MNT_DETACH,
     MOUNT_ATTR_NODEV,
     MOUNT_ATTR_NOSUID,
-    MOUNT_ATTR_RDONLY,
-    clone_mount,
-    make_mount,
     mount_number,
     move_mount,
     umount2,
@@ -94,15 +92,18 @@ class Mounter:
         lower: str,
         devices: Sequence[str] | None,
         options: Sequence[tuple[bytes, bytes | None]],
+        *,
+        by_loops: bool = False,
     ) -> tuple[int, int]:
         """Mount overlayfs over the directory `place`, its lower layer the EROFS image `lower` with `devices`.
 
         The image is mounted once for all that use it with the same devices. Without devices `lower` is a
-        directory. `options` are overlayfs's other ones. What `unmount` takes, and the mount's `mount_number`.
-        Raises OSError.
+        directory. `options` are overlayfs's other ones; `by_loops`: see `fusestore.erofsmount`. What
+        `unmount` takes, and the mount's `mount_number`. Raises OSError.
         """
         tars = None if devices is None else [os.fsencode(device) for device in devices]
-        token, number = self._call("mount", os.fsencode(place), os.fsencode(lower), tars, options)
+        places = os.fsencode(place), os.fsencode(lower)
+        token, number = self._call("mount", *places, tars, options, by_loops)
         return token, number
 
     def unmount(self, token: int) -> None:
@@ -166,8 +167,7 @@ class _Image:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Held while it is mounted."""
-        self.mount = -1
-        """A descriptor of the mount, which is nowhere."""
+        self.mounted: MountedImage | None = None
         self.users = 0
 
 
@@ -217,27 +217,28 @@ class _Worker:
         lower_path: bytes,
         devices: list[bytes] | None,
         options: list[tuple[bytes, bytes | None]],
+        by_loops: bool,
     ) -> tuple[int, int]:
         source: _Source | None = None
         with contextlib.ExitStack() as meanwhile, contextlib.ExitStack() as stack:
             directory = os.open(place, _DIRECTORY_FLAGS)
             stack.callback(os.close, directory)
             if devices is None:
-                lower = os.open(lower_path, _DIRECTORY_FLAGS)
-                meanwhile.callback(os.close, lower)  # overlayfs has a mount of its own of it
+                directory_below = os.open(lower_path, _DIRECTORY_FLAGS)
+                meanwhile.callback(os.close, directory_below)  # overlayfs has a mount of its own of it
+                lower = MountedImage(directory_below, ())
             else:
                 source = (lower_path, *devices)
-                lower = self._take(source)
+                lower = self._take(source, by_loops)
                 stack.callback(self._drop, source)
-            given = [(b"lowerdir+", b"/proc/self/fd/%d" % lower), *options]
             # Device nodes and set-user-ID bits act there as they do in the mount around it.
             shut = os.fstatvfs(directory).f_flag
             attributes = MOUNT_ATTR_NODEV if shut & os.ST_NODEV else 0
             attributes |= MOUNT_ATTR_NOSUID if shut & os.ST_NOSUID else 0
-            overlay = make_mount(b"overlay", given, attributes)
+            overlay = mount_overlay(lower, options, attributes)
             stack.callback(os.close, overlay)
-            move_mount(overlay, directory)
             number = mount_number(overlay)
+            move_mount(overlay, directory)
             os.close(overlay)
             stack.pop_all()
         with self._lock:
@@ -265,16 +266,16 @@ class _Worker:
         if mounted.image is not None:
             self._drop(mounted.image)
 
-    def _take(self, source: _Source) -> int:
+    def _take(self, source: _Source, by_loops: bool) -> MountedImage:
         path, *tars = source
         with self._lock:
             image = self._images.setdefault(source, _Image())
             image.users += 1
         try:
             with image.lock:
-                if image.mount < 0:
-                    image.mount = _mount_erofs(path, tars)
-                return image.mount
+                if image.mounted is None:
+                    image.mounted = mount_image(path, tars, by_loops=by_loops)
+                return image.mounted
         except OSError:
             self._drop(source)
             raise
@@ -286,22 +287,8 @@ class _Worker:
             if image.users:
                 return
             del self._images[source]
-        if image.mount >= 0:
-            os.close(image.mount)
-
-
-def _mount_erofs(image: bytes, tars: Sequence[bytes]) -> int:
-    """The kernel has the tars open as long as anybody has the image, also in another mount namespace.
-
-    Through a mount of their own each: the place where the daemon's mount is can be unmounted meanwhile.
-    """
-    with contextlib.ExitStack() as stack:
-        options = [(b"source", image)]
-        for tar in tars:
-            clone = clone_mount(tar)
-            stack.callback(os.close, clone)
-            options.append((b"device", b"/proc/self/fd/%d" % clone))
-        return make_mount(b"erofs", options, MOUNT_ATTR_RDONLY)
+        if image.mounted is not None:
+            os.close(image.mounted.mount)
 
 
 def _serve(connection: socket.socket) -> None:

@@ -412,8 +412,9 @@ class Store:
         `progress` is told the length of each piece. Mounts read it from then on. Raises NotFound (the image
         was deleted meanwhile), StoreDamaged, OSError.
         """
-        self._layers.hydrate(ref, lambda: self._images.find(image.id), progress)
-        self._tar_changed(image)
+        if self.local_tar(ref) is None:
+            self._layers.hydrate(ref, lambda: self._images.find(image.id), progress)
+            self._tar_changed(image)
 
     def dehydrate_layer(self, image: Image, ref: LayerRef) -> None:
         """Takes the local tar of a layer of `image` away, in all images that have it."""

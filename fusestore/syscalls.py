@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import struct
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ __all__ = [
     "clone_mount",
     "groups_of",
     "is_mounted",
+    "leave_mounts",
+    "loop_device",
     "make_mount",
     "mount",
     "mount_number",
@@ -47,6 +50,17 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
 _AT_FDCWD = -100
+_CLONE_NEWNS = 0x20000
+_MS_REC = 1 << 14
+_MS_PRIVATE = 1 << 18
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CONFIG = struct.Struct("II52xI240x")
+"""linux/loop.h: file, block size, flags."""
+_LO_FLAGS_READ_ONLY = 1
+_LO_FLAGS_AUTOCLEAR = 4
+_LOOP_TRIES = 100
+_SECTOR = 512
 _OPEN_TREE_CLONE = 1
 _FSOPEN_CLOEXEC = 1
 _FSCONFIG_SET_FLAG = 0
@@ -71,6 +85,7 @@ _libc.syncfs.argtypes = [ctypes.c_int]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.open_tree.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_libc.unshare.argtypes = [ctypes.c_int]
 _libc.fsopen.argtypes = [ctypes.c_char_p, ctypes.c_uint]
 _libc.fsconfig.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
 _libc.fsmount.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint]
@@ -192,10 +207,51 @@ def clone_mount(path: bytes) -> int:
     return mount
 
 
+def leave_mounts() -> None:
+    """Give this thread a mount namespace of its own, where nothing comes from the others: unshare(2)."""
+    _check(_libc.unshare(_CLONE_NEWNS), b"unshare")
+    mount(b"none", b"/", b"none", _MS_REC | _MS_PRIVATE, b"")
+
+
+def loop_device(path: bytes) -> tuple[int, bytes]:
+    """A loop device that reads the file at `path`: a descriptor, the caller's to close, and its own path.
+
+    It goes with the last who has it open: loop(4), LO_FLAGS_AUTOCLEAR. Raises OSError.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for _ in range(_LOOP_TRIES):
+                device = b"/dev/loop%d" % fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+                fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+                flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
+                try:
+                    fcntl.ioctl(fd, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(file, _SECTOR, flags))
+                    return fd, device
+                except OSError as error:
+                    os.close(fd)
+                    if error.errno != errno.EBUSY:  # else another was quicker
+                        raise
+        finally:
+            os.close(control)
+    except OSError as error:
+        raise OSError(error.errno, f"no loop device: {error.strerror}", path) from None
+    finally:
+        os.close(file)
+    raise OSError(errno.EBUSY, "no loop device is free", path)
+
+
 def mount_number(fd: int) -> int:
-    """Of the mount that a descriptor lies in: statx(2), STATX_MNT_ID_UNIQUE. No other ever gets it."""
+    """Of the mount that a descriptor lies in: statx(2), STATX_MNT_ID_UNIQUE. No other ever gets it.
+
+    Raises OSError where the kernel has none (before Linux 6.8).
+    """
     found = ctypes.create_string_buffer(_STATX_SIZE)
     _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_MNT_ID_UNIQUE, found), b"statx")
+    (mask,) = struct.unpack_from("I", found)
+    if not mask & _STATX_MNT_ID_UNIQUE:
+        raise OSError(errno.EOPNOTSUPP, "mounts have no unique numbers")
     (number,) = struct.unpack_from("Q", found, _STATX_MNT_ID_OFFSET)
     return int(number)
 

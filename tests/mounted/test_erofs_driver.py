@@ -5,6 +5,8 @@ That they are what the union shows the other files of this directory test, with 
 
 import errno
 import os
+import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Callable
@@ -13,7 +15,10 @@ from pathlib import Path
 import pytest
 from rig.damage import change_middle
 from rig.images import Images
-from rig.mounts import Mount, wait_until
+from rig.mounts import Mount, Place, wait_until
+from rig.requirements import need
+
+from fusestore.erofsmount import mounts_files
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
@@ -395,3 +400,103 @@ def test_of_a_plain_users_store_the_kernel_has_what_it_understands(unmounted: Mo
 def test_a_plain_user_is_told_to_use_the_union(unmounted: Mount) -> None:
     result = unmounted.fusestore("mount", "--driver", "erofs", unmounted.mountpoint)
     assert (result.code, "use --driver union" in result.err) == (1, True)
+
+
+WITHOUT_FILE_MOUNTS = """
+import sys
+from fusestore import kernelrootfs
+from fusestore.cli import main
+kernelrootfs.mounts_files = lambda file: False
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def by_loops(unmounted: Mount) -> Mount:
+    """Mounted as where the kernel mounts no files: Linux before 6.12."""
+    need("root", os.path.exists("/dev/loop-control"), "there are no loop devices: modprobe loop")
+    command = ("python", "-c", WITHOUT_FILE_MOUNTS, "mount", "--driver", "erofs", unmounted.mountpoint)
+    unmounted.person.run(*command, env=unmounted.environment).ok()
+    return unmounted
+
+
+def _loops(mount: Mount) -> list[str]:
+    """What the loop devices read that are of its store."""
+    files = [path.read_text().strip() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+    return [file.removeprefix(f"{mount.store}/") for file in files if file.startswith(f"{mount.store}/")]
+
+
+@by_erofs
+def test_without_file_mounts_the_kernel_reads_loop_devices(by_loops: Mount) -> None:
+    sums = "find . -xdev -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum"
+    by_loops.sh("mkdir containers/a containers/b; echo x > containers/a/rootfs/new").ok()
+    assert by_loops.sh("cat containers/*/rootfs/etc/hostname containers/a/rootfs/new").ok() == (
+        "busybox\nbusybox\nx\n"
+    )
+    assert sorted(_overlays(by_loops)) == [f"{by_loops.containers}/{name}/rootfs" for name in "ab"]
+    (metadata,) = (path.relative_to(by_loops.store) for path in by_loops.store.glob("images/*/erofs.1"))
+    tars = [path.relative_to(by_loops.store) for path in by_loops.store.glob("layers/*/tar")]
+    assert sorted(_loops(by_loops)) == sorted(map(str, (metadata, *tars)))
+    shown = by_loops.sh(f"cd containers/b/rootfs; {sums}").ok()
+    assert by_loops.sh(f"cd images/busybox/rootfs; {sums}").ok() == shown
+    assert "by loop devices, of images that are hydrated for it" in by_loops.log()
+
+
+@by_erofs
+@pytest.mark.parametrize("step", FIRST_STEPS)
+def test_without_file_mounts_whatever_comes_first_is_led_in(by_loops: Mount, step: str) -> None:
+    result = by_loops.sh(f"mkdir containers/c; set -- containers/c/rootfs; {FIRST_STEPS[step]}")
+    assert result.code == 0, result.err
+    assert _overlays(by_loops) == [f"{by_loops.containers}/c/rootfs"]
+
+
+@by_erofs
+def test_loop_devices_go_with_the_last_container(by_loops: Mount) -> None:
+    by_loops.sh("mkdir containers/a; cat containers/a/rootfs/etc/hostname").ok()
+    assert _loops(by_loops)
+    by_loops.sh("rmdir containers/a").ok()
+    wait_until(lambda: not _loops(by_loops))
+
+
+@by_erofs
+def test_loop_devices_outlive_no_killed_daemon(by_loops: Mount) -> None:
+    by_loops.sh("mkdir containers/a; cat containers/a/rootfs/etc/hostname").ok()
+    _kill(by_loops)
+    by_loops.mount()
+    wait_until(lambda: not _loops(by_loops))
+    assert by_loops.sh("cat containers/a/rootfs/etc/hostname").ok() == "busybox\n"
+
+
+@by_erofs
+def test_where_there_are_no_loop_devices_the_union_serves(unmounted: Mount) -> None:
+    """In a mount namespace where /dev has none."""
+    command = ["python", "-c", WITHOUT_FILE_MOUNTS, "mount", "--driver", "erofs", str(unmounted.mountpoint)]
+    script = f"""
+        mount --bind /dev/null /dev/loop-control && {shlex.join(command)} && cd {unmounted.containers} &&
+        mkdir c && cat c/rootfs/etc/hostname && cd / && fusestore umount {unmounted.mountpoint}
+    """
+    said = "container c is served by the union: .*no loop device: "
+    unmounted.expect(said)
+    result = unmounted.person.run("unshare", "--mount", "bash", "-c", script, env=unmounted.environment)
+    assert result.ok() == "busybox\n"
+    assert re.search(said, unmounted.log())
+
+
+@by_erofs
+@pytest.mark.parametrize(
+    ("make_file", "found"),
+    [
+        (lambda base: os.open(base, os.O_TMPFILE | os.O_RDWR), True),
+        (lambda base: os.memfd_create("image"), False),
+    ],
+    ids=["disk", "tmpfs"],
+)
+def test_it_is_tried_whether_files_are_mounted(
+    place: Place, make_file: Callable[[Path], int], found: bool
+) -> None:
+    """EROFS reads no file of a tmpfs (fs/erofs/super.c: read_folio)."""
+    file = make_file(place.base)
+    try:
+        assert mounts_files(file) == found
+    finally:
+        os.close(file)

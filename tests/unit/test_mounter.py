@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fusestore import erofsmount
 from fusestore import mounter as module
 from fusestore.mounter import Mounter, _Worker
 
@@ -38,7 +39,7 @@ class SlowKernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> SlowKernel:
     kernel = SlowKernel()
     monkeypatch.setattr(module, "umount2", kernel.umount2)
-    monkeypatch.setattr(module, "make_mount", kernel.make_mount)
+    monkeypatch.setattr(erofsmount, "make_mount", kernel.make_mount)
     monkeypatch.setattr(module, "move_mount", lambda mount, directory: None)
     return kernel
 
@@ -52,7 +53,7 @@ def waiting(kernel: SlowKernel) -> Iterator[ThreadPoolExecutor]:
 
 def _mount(worker: _Worker, place: Path, image: bytes) -> int:
     place.mkdir()
-    return worker.mount(bytes(place), image, [], [(b"source", b"fusestore")])[0]
+    return worker.mount(bytes(place), image, [], [(b"source", b"fusestore")], False)[0]
 
 
 def test_a_slow_unmount_holds_up_no_other(
