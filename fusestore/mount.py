@@ -42,8 +42,9 @@ _log = logging.getLogger("fusestore")
 
 _SLICE_S = 0.002
 """How long requests may be served in a row before the other tasks have their turn."""
-_PATIENCE_MS = 1
-"""How long to block the loop for the next request while no other task could do anything."""
+_PATIENCE_MS = 5
+"""How long to block the loop for the next request while no other task could do anything. Where processors are
+busy, who makes the requests may take that long until the next one."""
 _HEARING_S = 5.0
 _BELL_PAUSE_S = 0.1
 _RINGING_PAUSE_S = 0.005
