@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 from .blobs import LayerReader
 from .errors import IsADirectory, NoAttribute, NotFound, ReadOnly, Stale
 from .inodes import FOREVER_S, Branch, Caller, Closable, FileHandle, Inodes, Maybe, Node, Steps
-from .nodes import Attr, Extent, Inode, Xattrs
+from .nodes import Attr, Extent, Xattrs
 from .objects import Descriptors, Object, RootObject
 from .openfile import OpenFile
 from .quota import Quota, usage
@@ -314,11 +314,14 @@ class Rootfs(Branch):
             return Resolved(found.ino, merged.lower, found.format)
         return opened.lower.resolved(merged.lower)
 
-    def materialize(self, directory: Object, name: bytes, what: Resolved) -> Object:
-        """The one object for what `name` was found to be."""
+    def materialize(self, directory: Object, name: bytes, what: Resolved, is_new: bool = False) -> Object:
+        """The one object for what `name` was found to be. `is_new`: it was just made, and is no copy."""
         thing = self._objects.get(what.key)
         if thing is None or thing.format != what.format or (not thing.lookups and thing.stack != what.stack):
-            thing = self.object_type(self, self._ino(directory, name, what), directory, name, what)
+            origin = None if is_new else self._origin(directory, name, what)
+            # A copy has the number of what it is a copy of.
+            ino = self._inodes.number(self._number(origin or what.key))
+            thing = self.object_type(self, ino, directory, name, what)
             self._objects[what.key] = thing
             return thing
         if thing.lookups == 0:
@@ -327,13 +330,12 @@ class Rootfs(Branch):
         thing.meet(directory, name)
         return thing
 
-    def _ino(self, directory: Object, name: bytes, what: Resolved) -> Inode:
-        """A number for an object that the kernel does not know: a copy has that of what it is a copy of."""
+    def _origin(self, directory: Object, name: bytes, what: Resolved) -> Ref | None:
+        """What the object in the upper is a copy of."""
         upper = self.opened.upper
-        origin = None
         if isinstance(what.key, int) and upper is not None:
-            origin = upper.origin(self.descriptor(directory), name)
-        return self._inodes.number(self._number(origin or what.key))
+            return upper.origin(self.descriptor(directory), name)
+        return None
 
     def _number(self, key: Ref | int) -> int | None:
         """An inode number made of the place: 21 bits of tree, 9 of layer, 32 of inode there."""
@@ -500,15 +502,14 @@ class Rootfs(Branch):
         thing = _object(node)
         upper = self.opened.upper
         if thing.in_upper and upper is not None:
-            with contextlib.suppress(NoAttribute):
-                return upper.xattr(self.descriptor(thing), name)
+            value = upper.xattr(self.descriptor(thing), name)
         else:
-            for known, value in self._lower.xattrs(thing.stack):
-                if known == name:
-                    return value
-        if name == _SELINUX and self.label:
-            return self.label
-        raise NoAttribute("no such attribute")
+            value = next((value for known, value in self._lower.xattrs(thing.stack) if known == name), None)
+        if value is None and name == _SELINUX:
+            value = self.label or None
+        if value is None:
+            raise NoAttribute("no such attribute")
+        return value
 
     def path(self, node: Node) -> bytes:
         names = []

@@ -155,13 +155,11 @@ class Upper:
         shown = ((name, self.scheme.shown_name(name)) for name in map(os.fsencode, os.listxattr(path)))
         return tuple((seen, os.getxattr(path, stored)) for stored, seen in shown if seen is not None)
 
-    def xattr(self, fd: int, name: bytes) -> bytes:
-        """Raises NoAttribute."""
-        is_hidden = self._is_plain and is_own(name)
-        value = None if is_hidden else get_xattr(proc_path(fd), self.scheme.stored_name(name))
-        if value is None:
-            raise NoAttribute("no such attribute")
-        return value
+    def xattr(self, fd: int, name: bytes) -> bytes | None:
+        """None: `fd` has no such attribute."""
+        if self._is_plain and is_own(name):
+            return None
+        return get_xattr(proc_path(fd), self.scheme.stored_name(name))
 
     # Attributes
 

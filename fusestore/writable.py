@@ -42,6 +42,7 @@ from .openfile import OpenFile, step_of
 from .rootfs import Rootfs
 from .scheme import Scheme
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, groups_of
+from .union import Resolved, over
 from .upper import Birth, Upper
 
 __all__ = ["WritableRootfs"]
@@ -116,7 +117,7 @@ class WritableRootfs(Rootfs):
         fd = -1
         try:
             fd = self._upper.make_file(self.descriptor(directory), name, birth, replaces)
-            child = self._made(directory, name)
+            child = self._made(directory, name, Resolved(os.fstat(fd).st_ino, (), stat.S_IFREG))
         except BaseException:
             if fd >= 0:
                 os.close(fd)
@@ -161,12 +162,13 @@ class WritableRootfs(Rootfs):
         """Make sure that `name` can be made in `directory`, now in the upper; True if a whiteout is there."""
         if directory.is_orphan:
             raise NotFound("no such file or directory")
-        if self.resolve(directory, name) is not None:
+        found = self._upper.find(self.descriptor(directory), name) if directory.in_upper else None
+        if over(found.entry if found else None, self._lower, directory.stack, name) is not None:
             raise Exists("file exists")
         if self.quota is not None:
             self.quota.require(1)
         self._copy_up_directory(directory)
-        return self._upper.find(self.descriptor(directory), name) is not None
+        return found is not None
 
     def _birth(self, directory: Object, mode: int, caller: Caller) -> Birth:
         """What something new begins with.
@@ -188,8 +190,12 @@ class WritableRootfs(Rootfs):
                 mode &= ~caller.umask
         return Birth(mode, caller.uid, gid, acls)
 
-    def _made(self, directory: Object, name: bytes) -> Object:
-        child = self.lookup(directory, name)
+    def _made(self, directory: Object, name: bytes, what: Resolved | None = None) -> Object:
+        """The new object `name`; of one that nothing else leads to yet it may be known what it is."""
+        if what is None:
+            child = self.lookup(directory, name)
+        else:
+            child = self.materialize(directory, name, what, is_new=True)
         self._gained(directory, child)
         if self.quota is not None:
             status = os.fstat(self.descriptor(child))
