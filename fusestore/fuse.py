@@ -27,6 +27,7 @@ from .errors import FusestoreError, Locked, NotFound, StoreError, errno_of
 from .inodes import ROOT_INODE, Caller, Changes, FileHandle, Maybe, Outward, Pending, Remote
 from .meter import Meter
 from .nodes import Inode
+from .syscalls import is_in_user_namespace
 from .tree import Entry, Tree
 
 __all__ = ["Filesystem"]
@@ -120,6 +121,7 @@ class Filesystem(pyfuse3.Operations):
         """Requests that wait for a worker thread now."""
         self.nursery: trio.Nursery | None = None
         """For what goes on after a request was answered."""
+        self._is_in_namespace = is_in_user_namespace()
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._outward = trio.CapacityLimiter(_THREADS)
         self._remote = trio.CapacityLimiter(_REMOTE_THREADS)
@@ -236,7 +238,8 @@ class Filesystem(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[pyfuse3.XAttrNameT]:
         names = await self.finish(self.tree.listxattr(inode))
-        return cast(Sequence[pyfuse3.XAttrNameT], names if ctx.uid == 0 else _without_trusted(names))
+        may_see_all = ctx.uid == 0 and not self._is_in_namespace
+        return cast(Sequence[pyfuse3.XAttrNameT], names if may_see_all else _without_trusted(names))
 
     @_bounded
     async def setxattr(
@@ -415,7 +418,10 @@ _STATVFS_FIELDS = (
 
 
 def _without_trusted(names: list[bytes]) -> list[bytes]:
-    """xattr(7): processes without CAP_SYS_ADMIN do not see trusted.*; the kernel lets them read none."""
+    """xattr(7): processes without CAP_SYS_ADMIN, and all in user namespaces, do not see trusted.*.
+
+    The kernel lets them read none: overlayfs, which copies what is listed, could copy nothing up.
+    """
     return [name for name in names if not name.startswith(b"trusted.")]
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "RENAME_WHITEOUT",
     "clone_mount",
     "groups_of",
+    "is_in_user_namespace",
     "is_mounted",
     "leave_mounts",
     "loop_device",
@@ -77,6 +78,7 @@ _NR_STATMOUNT = 457  # glibc 2.36 has no name for it
 _MNT_ID_REQ_SIZE_VER0 = 24
 _STATMOUNT_SIZE = 512
 _MESSAGE_MAX = 4096
+_PROC_USER_INIT_INO = 0xEFFFFFFD  # include/linux/proc_ns.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
@@ -173,6 +175,11 @@ def groups_of(pid: int) -> frozenset[int]:
     except (FileNotFoundError, ProcessLookupError):
         pass
     return frozenset()
+
+
+def is_in_user_namespace() -> bool:
+    """Whether this process is in another user namespace than the machine's own."""
+    return os.stat("/proc/self/ns/user").st_ino != _PROC_USER_INIT_INO
 
 
 def make_mount(kind: bytes, options: Iterable[tuple[bytes, bytes | None]], attributes: int = 0) -> int:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ from rig.distribution import TOOLS as DISTRIBUTION_TOOLS
 from rig.distribution import Distribution, make_distribution
 from rig.images import TOOLS, Image, Images, make_images
 from rig.mounts import Mount, Place, make_area, sweep
-from rig.namespace import leave_the_mounts_of_others
+from rig.namespace import leave_the_mounts_of_others, user_namespace
 from rig.people import Person, plain_user, root
 from rig.registries import TOOLS as REGISTRY_TOOLS
 from rig.registries import DockerRegistry, docker_registry
@@ -129,15 +130,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def person(request: pytest.FixtureRequest) -> Person:
-    """Root (by the name of a driver with that), or a plain user: able to run the command and to mount."""
-    if request.param != "user":
+def person(request: pytest.FixtureRequest) -> Iterator[Person]:
+    """Root (by the name of a driver with that), or a plain user: able to run the command and to mount.
+
+    "overlay-user" is the plain user in a user namespace of theirs.
+    """
+    with ExitStack() as stack:
+        yield _find_person(request.param, stack)
+
+
+def _find_person(name: str, stack: ExitStack) -> Person:
+    if name not in ("user", "overlay-user"):
         need("root", os.geteuid() == 0, "run the tests as root to test root's mounts")
-        found = replace(root(), driver="union" if request.param == "root" else request.param)
+        found = replace(root(), driver="union" if name == "root" else name)
     else:
         found = plain_user()
         why = f"{found.name} cannot run the installed fusestore: put it and its Python where all may read"
         need("root", _can_run_fusestore(found), why)
+        if name == "overlay-user":
+            holder = stack.enter_context(user_namespace(found.uid, found.gid))
+            found = replace(found, driver="overlay", holder=holder)
     need("fuse", os.path.exists("/dev/fuse"), "there is no /dev/fuse: modprobe fuse")
     mode = os.stat("/dev/fuse").st_mode
     accessible = found.is_root or bool(mode & stat.S_IWOTH and shutil.which("fusermount3"))

@@ -10,7 +10,7 @@ from rig.mounts import Mount, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs", "overlay")
+PERSONS = ("root", "user", "erofs", "overlay", "overlay-user")
 
 
 def test_mkdir_makes_a_whole_container(mounted: Mount, container: str) -> None:

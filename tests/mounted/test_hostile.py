@@ -12,7 +12,7 @@ from rig.tars import END, header, long_name, member, pax
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs", "overlay")
+PERSONS = ("root", "user", "erofs", "overlay", "overlay-user")
 
 HARD, SYMBOLIC, DIRECTORY = b"1", b"2", b"5"
 

@@ -14,7 +14,7 @@ from rig.snapshot import snapshot
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs", "overlay")
+PERSONS = ("root", "user", "erofs", "overlay", "overlay-user")
 
 
 def _id(mount: Mount, name: str) -> str:
@@ -141,7 +141,7 @@ _REFUSED = [
     "rm images/debian/rootfs/etc/bash.bashrc",
     "rm images/debian/layers/1/rootfs/lower/becomes-file",
     "chmod 777 images/debian/rootfs/etc",
-    "chown 1 images/debian/rootfs/etc",
+    "chown 0 images/debian/rootfs/etc",
     "mv images/debian/rootfs/etc images/debian/rootfs/x",
     "ln images/debian/rootfs/etc/bash.bashrc images/debian/rootfs/x",
     "ln -s y images/debian/rootfs/x",

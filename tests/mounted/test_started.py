@@ -9,7 +9,7 @@ from rig.mounts import Mount
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs", "overlay")
+PERSONS = ("root", "user", "erofs", "overlay", "overlay-user")
 
 _PIN = "echo '{\"mounted\": true}' > containers/$1/metadata.json"
 _RELEASE = "echo '{\"mounted\": false}' > containers/$1/metadata.json"

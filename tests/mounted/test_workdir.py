@@ -8,7 +8,7 @@ from rig.mounts import Mount
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
-PERSONS = ("root", "user", "erofs", "overlay")
+PERSONS = ("root", "user", "erofs", "overlay", "overlay-user")
 
 both = pytest.mark.parametrize("directory", ["workdir", "rundir"])
 
@@ -16,7 +16,7 @@ both = pytest.mark.parametrize("directory", ["workdir", "rundir"])
 @both
 def test_only_the_owner_gets_in(mounted: Mount, container: str, directory: str) -> None:
     shown = mounted.sh("stat -c '%a %u' containers/$1/$2", container, directory).ok()
-    assert shown == f"700 {mounted.person.uid}\n"
+    assert shown == f"700 {mounted.person.own_uid}\n"
 
 
 @both

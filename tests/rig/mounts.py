@@ -123,7 +123,8 @@ class Mount(Place):
         return self._device() is not None
 
     def _device(self) -> str | None:
-        return next((device for device, path in _mounts() if path == str(self.mountpoint)), None)
+        mounts = _mounts(str(self.person.holder or "self"))
+        return next((device for device, path in mounts if path == str(self.mountpoint)), None)
 
     def expect(self, pattern: str) -> None:
         """Declares that the daemon's log may have serious lines that match."""
@@ -200,9 +201,9 @@ def sweep(parent: str) -> None:
         shutil.rmtree(area)
 
 
-def _mounts() -> list[tuple[str, str]]:
-    """Device and path of every mount, the last one first."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+def _mounts(pid: str = "self") -> list[tuple[str, str]]:
+    """Device and path of every mount that a process sees, the last one first."""
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     return [(line.split()[2], line.split()[4]) for line in reversed(lines)]
 
 

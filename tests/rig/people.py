@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import ClassVar, NoReturn, TypeVar
 
 import pytest
+from rig.namespace import enter
 
 __all__ = ["PLAIN_USER", "Person", "Result", "as_root", "as_user", "plain_user", "root"]
 
@@ -63,6 +64,13 @@ class Person:
     home: str
     driver: str = "union"
     """Of the mounts that this person makes."""
+    holder: int | None = None
+    """A process in whose namespaces all is done (`rig.namespace.user_namespace`)."""
+
+    @property
+    def own_uid(self) -> int:
+        """What they see as theirs."""
+        return self.uid if self.holder is None else 0
 
     @property
     def has_kernel_mounts(self) -> bool:
@@ -98,6 +106,9 @@ class Person:
         """Runs a command to its end. AssertionError when it is late."""
         changes = os.geteuid() != self.uid
         shown = " ".join(os.fsdecode(word) for word in command)
+        if self.holder is not None:
+            namespaces = (f"--target={self.holder}", "--user", "--mount", "--preserve-credentials")
+            command = ("nsenter", *namespaces, f"--wd={cwd}", "--", *command)
         with subprocess.Popen(
             command, cwd=cwd, env=self.environment(**(env or {})), umask=0o022, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -143,6 +154,8 @@ class Person:
                 os.setgroups([])
                 os.setresgid(self.gid, self.gid, self.gid)
                 os.setresuid(self.uid, self.uid, self.uid)
+            if self.holder is not None:
+                enter(self.holder)
             os.umask(0o022)
             os.chdir("/")
             try:
