@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 
 from .drivers import DRIVERS, UnionDriver
-from .errors import BadInput, Busy, FusestoreError, NotPermitted
+from .errors import BadInput, Busy, FusestoreError, NotFound, NotPermitted
 from .fuse import Filesystem
 from .hydration import hydrate, hydration
 from .inodes import Inodes
@@ -240,7 +240,8 @@ def _close(device: int, departure: "_Departure") -> None:
     is_mounted = not departure.is_detached and not hangup.poll(0)
     pyfuse3.close()
     if is_mounted:
-        detach(departure.mountpoint, lazily=True)
+        with contextlib.suppress(NotFound):  # a detach that was abandoned was done just now
+            detach(departure.mountpoint, lazily=True)
 
 
 def _sync(disk: int) -> None:

@@ -50,7 +50,7 @@ def test_it_counts_requests_and_times_them(fresh: Mount) -> None:
 
 def test_it_counts_errors(fresh: Mount) -> None:
     before = _status(fresh)["errors"].get("EINVAL", 0)
-    fresh.sh("mkdir containers/-; mkdir containers/a; echo '[' > containers/a/metadata.json")
+    fresh.sh("mkdir containers/-; mkdir containers/a; echo '[' | tee containers/a/metadata.json")
     assert _status(fresh)["errors"]["EINVAL"] == before + 2
 
 
