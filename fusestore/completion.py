@@ -48,7 +48,7 @@ def read_ahead(layout: Layout, workspace: Workspace, ref: LayerRef, table: Chunk
             _download(workspace, directory, table.prefetch_end, fetch)
 
 
-def complete(layout: Layout, workspace: Workspace, ref: LayerRef, fetch: Fetch) -> None:
+def complete(layout: Layout, workspace: Workspace, ref: LayerRef, table: ChunkTable, fetch: Fetch) -> None:
     """Returns when the blob is in its place, or the image was deleted. Raises NotFetched."""
     with _held(layout.lazy(ref.diff_id, ref.blob)) as directory:
         if directory is None:
@@ -56,7 +56,7 @@ def complete(layout: Layout, workspace: Workspace, ref: LayerRef, fetch: Fetch) 
         if not os.path.exists(layout.blob(ref.blob)):
             _download(workspace, directory, ref.size, fetch)
             with workspace.scratch() as scratch:
-                _take_in(layout, workspace, ref, directory, scratch)
+                _take_in(layout, workspace, ref, table, directory, scratch)
         with workspace.lock():
             workspace.discard(directory)
 
@@ -102,7 +102,9 @@ def _download(workspace: Workspace, directory: str, end: int, fetch: Fetch) -> N
         os.close(fd)
 
 
-def _take_in(layout: Layout, workspace: Workspace, ref: LayerRef, directory: str, scratch: Scratch) -> None:
+def _take_in(
+    layout: Layout, workspace: Workspace, ref: LayerRef, table: ChunkTable, directory: str, scratch: Scratch
+) -> None:
     part = Layout.lazy_part_in(directory)
     fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -119,7 +121,7 @@ def _take_in(layout: Layout, workspace: Workspace, ref: LayerRef, directory: str
                 " fetched anew"
             ) from error
         moves = _stage(layout, ref, made, scratch)
-        wrong = _compare(layout, ref, made, directory, scratch)
+        wrong = _compare(table, made, directory, scratch)
         if wrong:
             _log.error(
                 "layer %s is damaged: its table of contents, by which it was shown, says otherwise than its"
@@ -145,9 +147,7 @@ def _stage(layout: Layout, ref: LayerRef, made: Ingested, scratch: Scratch) -> l
     return moves
 
 
-def _compare(layout: Layout, ref: LayerRef, made: Ingested, directory: str, scratch: Scratch) -> str:
-    chunks = Layout.lazy_chunks_in(directory)
-    table = ChunkTable(read_file(chunks, 1 << 30), chunks)
+def _compare(table: ChunkTable, made: Ingested, directory: str, scratch: Scratch) -> str:
     shown = map_index(Layout.lazy_index_in(directory))
     seek = scratch.join("seek") if made.seek is not None else None
     reader = open_reader(

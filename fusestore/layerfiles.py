@@ -123,8 +123,8 @@ class LayerFiles:
         """
         origins = self._background if is_background else self._origins
         with contextlib.suppress(FileNotFoundError):  # completed, or deleted
-            _, origin = open_source(self._layout, ref)
-            complete(self._layout, self._workspace, ref, origins.of(origin, ref))
+            table, origin = open_source(self._layout, ref)
+            complete(self._layout, self._workspace, ref, table, origins.of(origin, ref))
         with self._lock:
             layer = self._open.get(ref.diff_id)
             # Who has it open goes on with what it was shown by.
