@@ -313,10 +313,11 @@ class _ContainerOpener:
         self._is_entering = is_entering
 
     def open(self) -> Opened:
-        lower, readers = self._layers()
+        image_id = self._store.container(self._id).image_id
+        lower, readers = self._layers(image_id)
         if self._is_entering:
             require_alone(self._store, self._id)
-            self._driver.entered(self._store.container(self._id).image_id)
+            self._driver.entered(image_id)
         path = os.fsencode(self._store.upper_dir(self._id))
         if not self._is_entering and not os.path.exists(path):
             return Opened(lower, readers, None, lambda: None)
@@ -343,14 +344,12 @@ class _ContainerOpener:
         try:
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
         except FileNotFoundError:
-            attr = lower.attr(lower.root) if lower.root else _own_root()
-            xattrs = lower.xattrs(lower.root) if lower.root else ()
+            attr, xattrs = _root_attr(lower), _root_xattrs(lower)
             with contextlib.suppress(FileExistsError):  # by another process, just now
                 return self._driver.upper(directory).copy_directory(directory, name, attr, xattrs)
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
 
-    def _layers(self) -> tuple[Lower, list[LayerReader]]:
-        image_id = self._store.container(self._id).image_id
+    def _layers(self, image_id: str) -> tuple[Lower, list[LayerReader]]:
         if not image_id:
             return Lower(()), []
         layers = self._store.open_layers(self._store.image(image_id))
@@ -358,16 +357,17 @@ class _ContainerOpener:
         return lower, [layer.reader for layer in layers]
 
     def peek(self) -> Attr | None:
-        if os.path.exists(self._store.upper_dir(self._id)):
-            return None
-        lower, _ = self._layers()
-        return lower.attr(lower.root) if lower.root else _own_root()
+        return self._of_untouched(_root_attr)
 
     def peek_xattrs(self) -> Xattrs | None:
+        return self._of_untouched(_root_xattrs)
+
+    def _of_untouched(self, ask: Callable[[Lower], T]) -> T | None:
+        """None once the container was entered."""
         if os.path.exists(self._store.upper_dir(self._id)):
             return None
-        lower, _ = self._layers()
-        return lower.xattrs(lower.root) if lower.root else ()
+        lower, _ = self._layers(self._store.container(self._id).image_id)
+        return ask(lower)
 
     def attr(self) -> Attr:
         """Of the root, whether it was entered or not."""
@@ -378,6 +378,15 @@ class _ContainerOpener:
 
     def hold(self) -> Closable:
         return self._store.hold(self._id)
+
+
+def _root_attr(lower: Lower) -> Attr:
+    """Of the root directory of a container that nobody has entered."""
+    return lower.attr(lower.root) if lower.root else _own_root()
+
+
+def _root_xattrs(lower: Lower) -> Xattrs:
+    return lower.xattrs(lower.root) if lower.root else ()
 
 
 def _own_root() -> Attr:
