@@ -151,16 +151,16 @@ class Fault:
     done: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Seen:
-    """A request that came by."""
+    """A request that came by: known before its answer goes, since whoever has the answer may ask at once."""
 
     method: str
     path: str
     headers: dict[str, str]
     status: int
-    sent: int
-    """Bytes of the body that went back."""
+    sent: int = 0
+    """Bytes of the body that went back, or are just going."""
 
 
 @dataclass
@@ -293,18 +293,17 @@ def proxy_of(upstream: int, *, host: str = "127.0.0.1") -> Iterator[Proxy]:
                 connection.close()
 
         def _answer(self, answer: Answer) -> None:
-            sent = 0
+            seen = Seen(self.command, self.path, dict(self.headers.items()), answer.status)
+            proxy.seen.append(seen)
             with suppress(OSError):  # the other side had enough
                 if not answer.cut_before:
-                    sent = self._write(answer)
-            headers = dict(self.headers.items())
-            proxy.seen.append(Seen(self.command, self.path, headers, answer.status, sent))
+                    self._write(answer, seen)
             if answer.cut_before or answer.cut_at is not None or answer.stalls_at is not None:
                 self.close_connection = True
                 with suppress(OSError):  # the other side has
                     self.connection.shutdown(socket.SHUT_RDWR)
 
-        def _write(self, answer: Answer) -> int:
+        def _write(self, answer: Answer, seen: Seen) -> None:
             self.send_response_only(answer.status)
             for key, value in answer.headers.items():
                 self.send_header(key, value)
@@ -312,14 +311,15 @@ def proxy_of(upstream: int, *, host: str = "127.0.0.1") -> Iterator[Proxy]:
                 self.send_header("Content-Length", str(len(answer.body)))
             self.end_headers()
             if self.command == "HEAD":
-                return 0
+                return
             end = min(x for x in (answer.cut_at, answer.stalls_at, len(answer.body)) if x is not None)
             for start in range(0, end, 64 << 10):
-                self.wfile.write(answer.body[start : min(start + (64 << 10), end)])
+                piece = answer.body[start : min(start + (64 << 10), end)]
+                seen.sent += len(piece)
+                self.wfile.write(piece)
                 time.sleep(answer.pause_s)
             if answer.stalls_at is not None:
                 proxy.released.wait(60)
-            return end
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: object, client_address: object) -> None:
