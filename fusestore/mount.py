@@ -406,8 +406,7 @@ async def _hear(
             with trio.move_on_after(_HEARING_S):
                 said = await connection.recv(BELL_MAX)
                 if said == HOW_ARE_YOU:
-                    with contextlib.suppress(BrokenPipeError):  # who asked waits no more
-                        await connection.send(json.dumps(watch.report(record)).encode())
+                    await connection.send(json.dumps(watch.report(record)).encode())
                     return
                 changed = Changed.decode(said)
                 if changed.place != IDLE:
@@ -418,6 +417,8 @@ async def _hear(
             if changed.place == IDLE:  # as long as the disk takes
                 await filesystem.finish(filesystem.tree.let_go(changed.name))
                 await connection.send(b"!")
+        except BrokenPipeError:
+            pass  # who rang waits no more, and has said so
         except (OSError, ValueError) as error:
             _log.warning("not understood at the bell: %s", error)
 

@@ -57,8 +57,11 @@ _ANSWER_MAX = 1 << 17
 """Bytes; what a socket takes at once."""
 
 _RECORD_MAX = 1 << 16
-_PATIENCE_S = 1.0
-_ANSWER_S = 5.0
+_PATIENCE_S = 5.0
+"""How long a mount may take to answer. To have its kernel forget it may have to wait for a request that waits
+for the store's lock, behind many others."""
+_IMPATIENCE_S = 0.5
+"""How long one may take that was late the last time."""
 _LEAVING_S = 120.0
 """Unmounting a rootfs has all that is unwritten on its disk written, whoever's it is."""
 
@@ -142,6 +145,8 @@ class Mounts:
         """Bells of this process's mounts: what it changes it tells its kernel itself."""
         self._ringing: set[object] = set()
         """One for each thread that is in `_ring_at`. Changed by calls that are atomic, without a lock."""
+        self._late: set[str] = set()
+        """Bells that were not answered in time. Changed as `_ringing`."""
 
     def record(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
         """The lock is of the open file: processes forked from this one share it."""
@@ -206,14 +211,18 @@ class Mounts:
 
     def _tell(self, name: str, changed: Changed) -> None:
         try:
-            self._ring(name, changed)
+            self._say(name, changed.encode(), self._patience_s(name, changed), 1)
+            self._late.discard(name)
         except (FileNotFoundError, ConnectionError):
             pass  # its daemon has gone
         except (TimeoutError, BlockingIOError):  # stopped; or too many wait already
+            self._late.add(name)
             _log.warning("a mount of this store does not answer: it may show %s for a while", changed.name)
 
-    def _ring(self, name: str, changed: Changed) -> None:
-        self._say(name, changed.encode(), _LEAVING_S if changed.place == IDLE else _PATIENCE_S, 1)
+    def _patience_s(self, name: str, changed: Changed) -> float:
+        if changed.place == IDLE:
+            return _LEAVING_S
+        return _IMPATIENCE_S if name in self._late else _PATIENCE_S
 
     def ask(self, mountpoint: str) -> dict[str, Any]:
         """What the newest mount at `mountpoint` says of itself.
@@ -227,7 +236,7 @@ class Mounts:
             raise NotFound(f"{mountpoint} is no mount of this store: `fusestore mount` makes one")
         log = self._run.mount_log(os.fsencode(mountpoint))
         try:
-            said = self._say(record.bell_name, HOW_ARE_YOU, _ANSWER_S, _ANSWER_MAX)
+            said = self._say(record.bell_name, HOW_ARE_YOU, _PATIENCE_S, _ANSWER_MAX)
             answer: dict[str, Any] = json.loads(said)
         except (OSError, ValueError):
             raise Busy(
