@@ -36,22 +36,6 @@ def two_mounts(fresh: Mount, area: Path) -> Iterator[list[Mount]]:
         second.close()
 
 
-def _descriptors(mount: Mount) -> int:
-    (pid,) = mount.pids()
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def _files(mount: Mount) -> list[str]:
-    """What there is in store and run directory, but for what mounts keep, which is named by chance."""
-    found = []
-    for root in (mount.store, mount.run_dir):
-        for directory, directories, files in os.walk(root):
-            found += [os.path.relpath(os.path.join(directory, name), root) for name in (*directories, *files)]
-    return sorted(
-        name for name in found if name.split("/")[-2:][0] != "mounts" and "/tmp/" not in f"/{name}/"
-    )
-
-
 def _mounts(mount: Mount) -> int:
     return Path("/proc/self/mountinfo").read_text().count(str(mount.base.parent))
 
@@ -64,8 +48,8 @@ def test_nothing_is_lost_stuck_or_left(two_mounts: list[Mount]) -> None:
     for mount in two_mounts:  # what is opened once, and stays
         mount.sh("mkdir containers/warm && echo > containers/warm/rootfs/f && rmdir containers/warm").ok()
     wait_until(lambda: os.listdir(first.store / "trash") == [], 60)
-    files, mounts = _files(first), _mounts(first)
-    descriptors = [_descriptors(mount) for mount in two_mounts]
+    files, mounts = first.files(), _mounts(first)
+    descriptors = [mount.descriptors() for mount in two_mounts]
 
     def work(number: int) -> Account:
         environment = person.environment(**first.environment)
@@ -95,10 +79,10 @@ def test_nothing_is_lost_stuck_or_left(two_mounts: list[Mount]) -> None:
     if expected:
         first.fusestore("rm", *sorted(expected)).ok()
     drop_names()
-    wait_until(lambda: _files(first) == files, 60)
+    wait_until(lambda: first.files() == files, 60)
     assert _mounts(first) == mounts
     for mount, before in zip(two_mounts, descriptors, strict=True):
-        wait_until(lambda mount=mount, before=before: _descriptors(mount) <= before + DESCRIPTORS_KEPT, 60)  # type: ignore[misc]
+        wait_until(lambda mount=mount, before=before: mount.descriptors() <= before + DESCRIPTORS_KEPT, 60)  # type: ignore[misc]
     second.umount()
     first.umount()
     assert os.listdir(first.store / "tmp") == [] == os.listdir(first.store / "trash")

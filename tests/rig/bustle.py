@@ -21,7 +21,18 @@ from typing import Any, Protocol
 from fusestore.errors import Busy, Exists, FusestoreError, NotFound, errno_of
 from fusestore.store import Store
 
-__all__ = ["CONTESTED", "Account", "bustle", "seen_by_mount", "seen_by_store"]
+__all__ = [
+    "CONTESTED",
+    "Account",
+    "ApiHands",
+    "CommandHands",
+    "Hands",
+    "bustle",
+    "command",
+    "patiently",
+    "seen_by_mount",
+    "seen_by_store",
+]
 
 CONTESTED = tuple(f"contested-{number}" for number in range(8))
 
@@ -54,7 +65,9 @@ class Hands(Protocol):
     def remove(self, name: str) -> None: ...
 
 
-class _ApiHands:
+class ApiHands:
+    """Of who has the store open."""
+
     def __init__(self, store: Store) -> None:
         self._store = store
 
@@ -76,7 +89,9 @@ class _ApiHands:
         _as_os_error(lambda: self._store.delete_container(name))
 
 
-class _MountHands:
+class MountHands:
+    """Of who knows the mount point."""
+
     def __init__(self, mountpoint: Path) -> None:
         self._containers = mountpoint / "containers"
 
@@ -99,7 +114,7 @@ class _MountHands:
         os.rmdir(self._containers / name)
 
 
-class _CommandHands(_ApiHands):
+class CommandHands(ApiHands):
     """What no command does the API does."""
 
     def __init__(self, store: Store, environment: dict[str, str]) -> None:
@@ -107,24 +122,26 @@ class _CommandHands(_ApiHands):
         self._environment = environment
 
     def make(self, name: str) -> None:
-        self._command("create", "default", name)
+        command(self._environment, "create", "default", name)
 
     def read(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._command("inspect", name))
+        found: dict[str, Any] = json.loads(command(self._environment, "inspect", name))
         return found
 
     def remove(self, name: str) -> None:
-        self._command("rm", name)
+        command(self._environment, "rm", name)
 
-    def _command(self, *arguments: str) -> str:
-        done = subprocess.run(
-            ["fusestore", *arguments], env=self._environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode == 0:
-            return done.stdout
-        reasons = {"taken": errno.EEXIST, "there is no": errno.ENOENT, "in use": errno.EBUSY}
-        number = next((number for text, number in reasons.items() if text in done.stderr), errno.EIO)
-        raise OSError(number, done.stderr.strip())
+
+def command(environment: dict[str, str], *arguments: str) -> str:
+    """What `fusestore ARGUMENTS` prints. Raises OSError with what it complains of."""
+    done = subprocess.run(
+        ["fusestore", *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    if done.returncode == 0:
+        return done.stdout
+    reasons = {"taken": errno.EEXIST, "there is no": errno.ENOENT, "in use": errno.EBUSY}
+    number = next((number for text, number in reasons.items() if text in done.stderr), errno.EIO)
+    raise OSError(number, f"{arguments}: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def _as_os_error(call: Callable[[], object]) -> None:
@@ -145,8 +162,8 @@ def bustle(
     """The work of process `number`, for that long; at its end it has some containers left."""
     account, chance = Account(), random.Random(number)
     with Store.open(store, run_dir) as opened:
-        kinds: list[Hands] = [_ApiHands(opened), *map(_MountHands, mountpoints)]
-        hands = _CommandHands(opened, environment) if number % 10 == 9 else kinds[number % len(kinds)]
+        kinds: list[Hands] = [ApiHands(opened), *map(MountHands, mountpoints)]
+        hands = CommandHands(opened, environment) if number % 10 == 9 else kinds[number % len(kinds)]
         names = [f"own-{number}-{one}" for one in range(4)]
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -191,16 +208,16 @@ def _own_step(hands: Hands, account: Account, chance: random.Random, names: list
         assert found.get("number") == number, f"{name}: wrote {number}, read {found}"
         account.done["write"] += 1
     elif what < 0.75 and (free := [other for other in names if other not in account.own]):
-        _patiently(lambda: hands.rename(name, free[0]))
+        patiently(lambda: hands.rename(name, free[0]))
         account.own[free[0]] = account.own.pop(name)
         account.done["rename"] += 1
     else:
-        _patiently(lambda: hands.remove(name))
+        patiently(lambda: hands.remove(name))
         del account.own[name]
         account.done["remove"] += 1
 
 
-def _patiently(call: Callable[[], None]) -> None:
+def patiently(call: Callable[[], None]) -> None:
     end = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -213,7 +230,7 @@ def _patiently(call: Callable[[], None]) -> None:
 
 def seen_by_mount(mountpoint: Path) -> dict[str, int]:
     """The containers there, and the number in each one's metadata (0: none)."""
-    hands = _MountHands(mountpoint)
+    hands = MountHands(mountpoint)
     return {name: hands.read(name).get("number", 0) for name in os.listdir(mountpoint / "containers")}
 
 

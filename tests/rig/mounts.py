@@ -57,6 +57,18 @@ class Place:
     def environment(self) -> dict[str, str]:
         return {"FUSESTORE_STORE": str(self.store), "FUSESTORE_RUN_DIR": str(self.run_dir)}
 
+    def files(self) -> list[str]:
+        """What there is in store and run directory, but for what mounts keep, which is named by chance."""
+        found = []
+        for root in (self.store, self.run_dir):
+            for directory, directories, files in os.walk(root):
+                found += [
+                    os.path.relpath(os.path.join(directory, name), root) for name in (*directories, *files)
+                ]
+        return sorted(
+            name for name in found if name.split("/")[-2:][0] != "mounts" and "/tmp/" not in f"/{name}/"
+        )
+
     def log(self) -> str:
         """What all daemons of this place said so far."""
         # Read by the test process: these files are on a file system of the machine.
@@ -118,6 +130,11 @@ class Mount(Place):
         """The processes that have this mount point on their command line: its daemon."""
         word = os.fsencode(self.mountpoint)
         return [pid for pid, words in _command_lines() if b"mount" in words and word in words]
+
+    def descriptors(self) -> int:
+        """How many its daemon has open."""
+        (pid,) = self.pids()
+        return len(os.listdir(f"/proc/{pid}/fd"))
 
     def is_mounted(self) -> bool:
         return self._device() is not None
