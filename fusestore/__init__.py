@@ -35,6 +35,7 @@ below it (setup.cfg, checked by import-linter)::
     check                   verifies a store
     store                   images and containers on disk: the Python API
     importer                an image comes in, staged
+    downloads               blobs whose way here was cut off
     images                  index.json and what it reaches
     metadataimage           the EROFS image of a merged tree
     containers              directories, documents         layerfiles    opened layers, derived files

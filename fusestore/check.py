@@ -30,7 +30,7 @@ from .layerref import LayerRef, map_index
 from .layout import Layout
 from .lazylayer import open_source
 from .metadataimage import write_metadata_image
-from .names import parse_container_id, parse_digest
+from .names import is_hex_id, parse_container_id, parse_digest
 from .nodes import Digest
 from .scheme import RECORD, Scheme, bad_records
 from .seek import SeekTable
@@ -441,10 +441,12 @@ def _check_containers(store: Store, layout: Layout) -> Iterator[Finding]:
 
 def _check_strays(layout: Layout) -> Iterator[Finding]:
     """What nobody made who keeps to the format, outside of what is the users'."""
-    places = [(layout.root, layout.is_at_root)]
+    places: list[tuple[str, Callable[[str], bool]]] = [(layout.root, layout.is_at_root)]
     places += [(path, layout.is_in_layer) for path in _directories(layout.layers)]
     places += [(path, layout.is_in_image) for path in _directories(layout.images)]
     places += [(path, layout.is_in_container) for path in _directories(layout.containers)]
+    if os.path.isdir(layout.downloads):
+        places.append((layout.downloads, is_hex_id))
     for directory, is_known in places:
         for name in sorted(os.listdir(directory)):
             if not is_known(name):

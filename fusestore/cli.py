@@ -178,7 +178,7 @@ def _pull(
     """Take an image of a registry into the store, and print its id.
 
     REF is [REGISTRY/]NAME[:TAG][@DIGEST]; busybox is docker.io/library/busybox:latest. A store is made where
-    there is none. What the store has is not fetched; downloads that break off go on where they were.
+    there is none. What the store has is not fetched; what breaks off, or is ended, goes on where it was.
 
     With --lazy the image can be used at once: of layers in eStargz and zstd:chunked only the table of
     contents is fetched now, and content when it is read, each chunk verified. A mount fetches the rest in the
@@ -644,13 +644,14 @@ def _hydrate(places: Places, image: str, undo: bool, dry_run: bool, as_json: boo
 @_command
 @click.option("--dry-run", is_flag=True, help="Only say what would be given back.")
 @click.option("--keep", type=click.IntRange(min=0), default=0, metavar="DAYS",
-              help="Leave images that came, and caches that were written, within so many days.")  # fmt: skip
+              help="Leave what came, and caches that were written, within so many days.")  # fmt: skip
 @with_places
 def _gc(places: Places, dry_run: bool, keep: int) -> None:
     """Give back what nobody needs, and print it.
 
-    Images without a name that no container is of, what belongs to no image, what was deleted, and, while
-    nothing is mounted, what is kept decompressed. Containers are yours to delete: see rm.
+    Images without a name that no container is of, what belongs to no image, what was deleted, downloads that
+    were broken off, and, while nothing is mounted, what is kept decompressed. Containers are yours to delete:
+    see rm.
     """
     from .reclaim import reclaim
 

@@ -39,6 +39,7 @@ __all__ = [
     "lock_directory",
     "open_directory",
     "read_file",
+    "sync",
     "write_all",
     "write_sparse",
 ]
@@ -174,6 +175,11 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[disk.write(fd, rest) :]
+
+
+def sync(fd: int) -> None:
+    """Puts on disk what was written to it."""
+    disk.fsync(fd)
 
 
 def write_sparse(fd: int, data: bytes, offset: int) -> None:
@@ -504,6 +510,35 @@ class Workspace:
             fcntl.flock(fd, fcntl.LOCK_SH)
             if os.fstat(fd).st_nlink:
                 return fd, path
+            os.close(fd)
+
+    def claim(self, path: str) -> int | None:
+        """A descriptor of the file at `path`, to read and to write, made if need be with its directories.
+
+        It is flocked, exclusively, until the caller closes it; None: another has it.
+        """
+        self._make_directories(os.path.dirname(path))
+        while True:
+            try:
+                fd = disk.create(path, 0o600)
+            except FileExistsError:
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+            if _is_locked(fd):
+                os.close(fd)
+                return None
+            if _is_at(fd, path):
+                return fd
+            os.close(fd)
+
+    def release(self, path: str, fd: int, *, is_kept: bool) -> None:
+        """Closes what `claim` gave, and removes the file if that is still in its place and not to be kept."""
+        try:
+            if not is_kept and _is_at(fd, path):
+                disk.unlink(path)
+        finally:
             os.close(fd)
 
     def publish(self, *moves: tuple[str, str]) -> None:

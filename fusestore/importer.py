@@ -2,8 +2,8 @@
 
 Everything is staged in a directory of tmp/ first, verified and synced there; then, with the store's names
 locked, it is renamed into place, content before names, index.json last. An import that fails or is killed
-leaves the store as it was; killed between two renames it leaves an intent, and the next open removes what
-nothing points to (layout.py, **intent**).
+leaves the store as it was, but for downloads to go on from (fusestore.downloads); killed between two renames
+it leaves an intent, and the next open removes what nothing points to (layout.py, **intent**).
 
 What the store has already is not stored twice, but it is verified again: importing an image repairs it.
 """
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from . import oci
 from .blobs import Ingested, derive, ingest
-from .durable import Scratch, Workspace, write_all
+from .downloads import Download, Downloads
+from .durable import Scratch, Workspace, sync, write_all
 from .errors import Busy, LayerRefused, NoToc, StoreDamaged
 from .images import Image, Images, loose_parts
 from .layerfiles import LayerFiles
@@ -50,7 +51,7 @@ class _Staged:
     """A layer on its way. Files are names in the scratch directory; None: the store's own is good."""
 
     ref: LayerRef
-    blob_file: str | None = None
+    blob_path: str | None = None
     index_file: str | None = None
     seek_file: str | None = None
     is_lazy: bool = False
@@ -97,14 +98,20 @@ class Importer:
                 self._workspace.scratch() as scratch,
                 open_source(scratch.path) as source,
                 contextlib.suppress(_Gone),
+                Downloads(self._layout, self._workspace) as downloads,
             ):
                 wanted = names or source.names
                 self._images.require_free(wanted)
-                return self._import(source, wanted, scratch, progress)
+                return self._import(source, wanted, scratch, downloads, progress)
         raise Busy("other processes keep deleting what this image needs: end them, then import it again")
 
     def _import(
-        self, source: Source, names: Sequence[str], scratch: Scratch, progress: Progress | None
+        self,
+        source: Source,
+        names: Sequence[str],
+        scratch: Scratch,
+        downloads: Downloads,
+        progress: Progress | None,
     ) -> Image:
         """Raises _Gone."""
         if self._has_sound_variant(source):
@@ -114,7 +121,7 @@ class Importer:
                     raise _Gone
                 self._images.change_names_locked(image_id, names, replace_other=True)
                 return self._images.find(image_id)
-        staged = self._stage(source, scratch, progress)
+        staged = self._stage(source, scratch, downloads, progress)
         self._check_lower_links(staged, scratch)
         config = oci.Descriptor(source.config_type, oci.digest_of(source.config), len(source.config))
         scratch.write("config", source.config)
@@ -166,13 +173,15 @@ class Importer:
 
     # Staging
 
-    def _stage(self, source: Source, scratch: Scratch, progress: Progress | None) -> list[_Staged]:
+    def _stage(
+        self, source: Source, scratch: Scratch, downloads: Downloads, progress: Progress | None
+    ) -> list[_Staged]:
         """All layers, verified, bottom first."""
         unique = {(layer.diff_id, layer.blob): layer for layer in source.layers}
         counter = _Counter(sum(layer.size for layer in unique.values()), progress)
         with ThreadPoolExecutor(source.parallel, thread_name_prefix="import") as pool:
             jobs = {
-                key: pool.submit(self._stage_layer, layer, scratch, str(number), counter)
+                key: pool.submit(self._stage_layer, layer, scratch, downloads, str(number), counter)
                 for number, (key, layer) in enumerate(unique.items())
             }
             try:
@@ -186,7 +195,14 @@ class Importer:
                 raise
         return [jobs[layer.diff_id, layer.blob].result() for layer in source.layers]
 
-    def _stage_layer(self, layer: LayerSource, scratch: Scratch, prefix: str, counter: _Counter) -> _Staged:
+    def _stage_layer(
+        self,
+        layer: LayerSource,
+        scratch: Scratch,
+        downloads: Downloads,
+        prefix: str,
+        counter: _Counter,
+    ) -> _Staged:
         blob = layer.blob or layer.diff_id  # what it is if it is not compressed
         if self._is_stored(blob, layer.size):
             ref = LayerRef(layer.diff_id, blob, layer.size, layer.media_type or oci.LAYER_TYPES["none"])
@@ -203,25 +219,53 @@ class Importer:
         if layer.parts is not None:
             with contextlib.suppress(NoToc):
                 return self._stage_parts(layer, layer.parts, scratch, prefix, counter)
-        name = f"blob-{prefix}"
+        download = None
+        if layer.open_at is not None:
+            download = downloads.open(blob, layer.size, layer.open_at)
+        try:
+            if download is not None:
+                made = self._ingest_download(layer, download, counter)
+                path = download.path
+            else:
+                path = scratch.join(f"blob-{prefix}")
+                made = self._ingest_copy(layer, scratch.create(f"blob-{prefix}"), counter)
+        except LayerRefused as error:
+            raise LayerRefused(
+                f"layer {blob} is refused ({error}): fetch the image again, or use another"
+            ) from error
+        return self._stage_derived(layer, made, scratch, prefix, path)
+
+    def _ingest_copy(self, layer: LayerSource, fd: int, counter: _Counter) -> Ingested:
+        """Takes the blob into `fd`, which is closed."""
         with contextlib.ExitStack() as stack:
-            fd = scratch.create(name)
             stack.callback(os.close, fd)
             reader = layer.open()
             stack.callback(reader.close)
+            return ingest(
+                reader,
+                sink=lambda data: write_all(fd, data),
+                expected_blob=layer.blob,
+                expected_diff_id=layer.diff_id,
+                progress=counter.add,
+            )
+
+    def _ingest_download(self, layer: LayerSource, download: Download, counter: _Counter) -> Ingested:
+        """What was kept may be anything: only a blob that came whole just now is refused."""
+        while True:
             try:
                 made = ingest(
-                    reader,
-                    sink=lambda data: write_all(fd, data),
+                    download,
                     expected_blob=layer.blob,
                     expected_diff_id=layer.diff_id,
                     progress=counter.add,
                 )
-            except LayerRefused as error:
-                raise LayerRefused(
-                    f"layer {blob} is refused ({error}): fetch the image again, or use another"
-                ) from error
-        return self._stage_derived(layer, made, scratch, prefix, name)
+            except LayerRefused:
+                if not download.kept:
+                    raise
+                download.restart()
+            else:
+                sync(download.fd)
+                return made
 
     def _stage_parts(
         self,
@@ -256,17 +300,17 @@ class Importer:
         return _Staged(ref, is_lazy=True, lazy_dir=name)
 
     def _stage_derived(
-        self, layer: LayerSource, made: Ingested, scratch: Scratch, prefix: str, blob_file: str | None
+        self, layer: LayerSource, made: Ingested, scratch: Scratch, prefix: str, blob_path: str | None
     ) -> _Staged:
         media_type = layer.media_type or oci.LAYER_TYPES[made.compression]
         ref = LayerRef(layer.diff_id, made.blob, made.blob_size, media_type)
         index_file = f"index-{prefix}"
         scratch.write(index_file, made.index)
         if made.seek is None:
-            return _Staged(ref, blob_file, index_file)
+            return _Staged(ref, blob_path, index_file)
         seek_file = f"seek-{prefix}"
         scratch.write(seek_file, made.seek)
-        return _Staged(ref, blob_file, index_file, seek_file)
+        return _Staged(ref, blob_path, index_file, seek_file)
 
     def _check_lower_links(self, staged: Sequence[_Staged], scratch: Scratch) -> None:
         """Refuses hard links that lead to nothing: only all layers together can tell."""
@@ -296,7 +340,7 @@ class Importer:
         ref = layer.ref
         if layer.is_lazy:
             return layer.lazy_dir is not None or os.path.exists(self._layout.lazy(ref.diff_id, ref.blob))
-        needed = [] if layer.blob_file else [self._layout.blob(ref.blob)]
+        needed = [] if layer.blob_path else [self._layout.blob(ref.blob)]
         if layer.index_file is None:
             needed.append(self._layout.layer_index(ref.diff_id))
             if ref.is_compressed:
@@ -317,8 +361,8 @@ class Importer:
             elif layer.lazy_dir is not None and not os.path.exists(lazy):  # nobody else was faster
                 self._workspace.make_directory(layout.layer(ref.diff_id))
                 moves.append((scratch.join(layer.lazy_dir), lazy))
-            if layer.blob_file is not None:
-                moves.append((scratch.join(layer.blob_file), layout.blob(ref.blob)))
+            if layer.blob_path is not None:
+                moves.append((layer.blob_path, layout.blob(ref.blob)))
             if layer.index_file is not None:
                 self._workspace.make_directory(layout.layer(ref.diff_id))
                 moves.append((scratch.join(layer.index_file), layout.layer_index(ref.diff_id)))

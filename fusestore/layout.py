@@ -34,6 +34,8 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
       names/<name>                    symlink to the id of the container of that name
       tmp/<unique>                    flocked (shared) while its maker lives; unlocked ones are rubbish
       trash/<unique>                  what was deleted; nothing in it is ever read
+      downloads/<hex>                 the beginning of a blob whose download was broken off; flocked
+                                      (exclusively) while somebody goes on with it. Made when needed
       quarantine/<unique>/<path>      what `check --repair` took away from <path> of the store; nothing in
                                       it is ever read, or deleted. Made when needed
     <run>/                            0700, on a tmpfs if there is one
@@ -96,6 +98,9 @@ names that may point wrong, ``loose`` {"blobs": [digests], "layers": [diff_ids],
 left unreferenced. Who finds it in a dead directory (when opening the store) puts the names right and removes
 what index.json does not reach.
 
+**downloads/<hex>**: nothing in it is believed, nor synced before all of it is here; whole, and its digest
+compared, it becomes the blob.
+
 **quarantine/<unique>/<path>**: one <unique> a repair. What was there moved with all that is in it; of
 index.json a copy; of the xattr user.fusestore.stat of a container's file its value, as
 <path>.user.fusestore.stat. ``reasons`` beside it has the lines that `check --repair` printed.
@@ -118,7 +123,7 @@ Refused by a reader, in these words (StoreUnusable)::
 History::
 
     1   first version. scheme came later: a store without it gets it when it is mounted. quarantine and
-        layers/<diff_id>/tar came later, lazy.<blob> too
+        layers/<diff_id>/tar came later, lazy.<blob> and downloads too
 """
 
 import hashlib
@@ -230,6 +235,13 @@ class Layout:
         return _join(self.root, "trash")
 
     @property
+    def downloads(self) -> str:
+        return _join(self.root, "downloads")
+
+    def download(self, blob: Digest) -> str:
+        return _join(self.downloads, _hex(blob))
+
+    @property
     def quarantine(self) -> str:
         return _join(self.root, "quarantine")
 
@@ -326,7 +338,13 @@ class Layout:
 
     @staticmethod
     def is_at_root(name: str) -> bool:
-        return name in UNFINISHED or name in ("fusestore.json", "scheme", "quarantine", "lost+found")
+        return name in UNFINISHED or name in (
+            "fusestore.json",
+            "scheme",
+            "downloads",
+            "quarantine",
+            "lost+found",
+        )
 
     @staticmethod
     def is_in_layer(name: str) -> bool:

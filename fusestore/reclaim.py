@@ -34,6 +34,7 @@ _BLOCK = 512
 _NO_NAME = "no name, and no container is of it"
 _NO_IMAGE = "no image needs it"
 _CACHED = "made again when it is read"
+_BROKEN_OFF = "its download was broken off"
 _DELETED = "deleted, not given back yet"
 
 
@@ -67,6 +68,7 @@ def usage(store: Store) -> list[Usage]:
     caches = sum(_size(path) for _, path in _caches(layout))
     tars = [path for path in map(layout.tar, _diff_ids(layout)) if os.path.lexists(path)]
     hydrated = sum(map(_size, tars))
+    downloads = _downloads(layout)
     images = sum(_size(path) for path in (layout.blobs, layout.images, layout.layers)) - caches - hydrated
     reclaimable: Counter[str] = Counter()
     for item in reclaim(store, is_dry=True):
@@ -80,20 +82,22 @@ def usage(store: Store) -> list[Usage]:
             ("containers", len(store.container_ids()), _size(layout.containers)),
             ("trash", _count(layout.trash), _size(layout.trash)),
             ("scratch", _count(layout.tmp), _size(layout.tmp)),
+            ("downloads", len(downloads), sum(map(_size, downloads))),
             ("quarantine", _count(layout.quarantine), _size(layout.quarantine)),
         )
     ]
 
 
 def reclaim(store: Store, *, keep_s: float = 0, is_dry: bool = False) -> Iterator[Item]:
-    """Gives back what can be, each item when it is; if `is_dry` nothing is. Images that came, and caches that
-    were written, less than `keep_s` seconds ago stay.
+    """Gives back what can be, each item when it is; if `is_dry` nothing is. Images that came, and caches and
+    downloads that were written, less than `keep_s` seconds ago stay.
     """
     latest_s = time.time() - keep_s
     yield from _reclaim_trash(store, is_dry)
     yield from _reclaim_images(store, latest_s, is_dry)
     yield from _reclaim_loose(store, is_dry)
     yield from _reclaim_caches(store, latest_s, is_dry)
+    yield from _reclaim_downloads(store, latest_s, is_dry)
     if not is_dry:
         store.empty_trash()
 
@@ -166,6 +170,19 @@ def _reclaim_caches(store: Store, latest_s: float, is_dry: bool) -> Iterator[Ite
             if not is_dry:
                 store.discard_cache(diff_id)
             yield Item("cache", os.path.relpath(path, store.path), size, _CACHED)
+
+
+def _reclaim_downloads(store: Store, latest_s: float, is_dry: bool) -> Iterator[Item]:
+    for path in _downloads(Layout(store.path)):
+        size = _size(path)
+        if _is_older(path, latest_s) and store.discard_download(path, is_dry=is_dry):
+            yield Item("downloads", os.path.relpath(path, store.path), size, _BROKEN_OFF)
+
+
+def _downloads(layout: Layout) -> list[str]:
+    if not os.path.isdir(layout.downloads):  # made when needed
+        return []
+    return [f"{layout.downloads}/{name}" for name in sorted(os.listdir(layout.downloads))]
 
 
 def _caches(layout: Layout) -> list[tuple[Digest, str]]:

@@ -80,9 +80,9 @@ class Registry:
             raise self._lost(digest) from None
         return data
 
-    def blob(self, digest: Digest, size: int) -> "BlobReader":
-        """A blob, to be compared with its digest by who reads it. The caller closes it."""
-        return BlobReader(self, digest, size)
+    def blob(self, digest: Digest, size: int, offset: int = 0) -> "BlobReader":
+        """A blob from `offset` on, to be compared with its digest by who reads it. The caller closes it."""
+        return BlobReader(self, digest, size, offset)
 
     def blob_range(self, digest: Digest, size: int, start: int, end: int) -> bytes:
         """Bytes `start` to `end` (at least one) of a blob of `size` bytes, not compared with anything.
@@ -244,16 +244,16 @@ def usual_options(
 class BlobReader:
     """The bytes of one blob, as many as it should have, whatever happens to connections."""
 
-    def __init__(self, registry: Registry, digest: Digest, size: int) -> None:
+    def __init__(self, registry: Registry, digest: Digest, size: int, offset: int) -> None:
         self._registry = registry
         self._digest = digest
         self._size = size
-        self._offset = 0
+        self._offset = offset
         self._skip = 0
         """Bytes that were had before, from a server that does not know Range."""
         self._response: Response | None = None
         self._tries = registry.transport.tries()
-        self._worked_at = 0
+        self._worked_at = offset
 
     def read(self, size: int, /) -> bytes:
         """At least one byte, until the end."""

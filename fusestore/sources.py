@@ -60,6 +60,8 @@ class LayerSource:
     """ "" if the source does not say."""
     open: Callable[[], Reader]
     """The caller closes what it gives. Any thread."""
+    open_at: Callable[[int], Reader] | None = None
+    """The same from an offset on, where it is worth keeping what came before the way was cut off."""
     parts: Callable[[], Parts] | None = None
     """Asked instead, where reading in parts will do; raises NoToc where that cannot be. Any thread."""
 

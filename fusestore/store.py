@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import metadata, oci
 from .containers import Bindings, Container, Containers, Draft, Hold
+from .downloads import discard_download
 from .durable import Scratch, Workspace, read_file
 from .errors import BadInput, Busy, FusestoreError, NotFound, StoreDamaged, StoreUnusable
 from .images import Catalog, Entry, Image, Images
@@ -197,6 +198,12 @@ class Store:
             unused = (layout.blobs, layout.layers, layout.images, layout.containers, layout.names, layout.tmp)
             if any(os.listdir(directory) for directory in unused):
                 return
+            try:
+                os.rmdir(layout.downloads)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return  # there is something to go on from
             self.empty_trash()
             for file in (layout.format_file, layout.oci_layout, layout.index):
                 os.unlink(file)
@@ -350,6 +357,13 @@ class Store:
         """Takes away what was kept decompressed of a layer. Who has it open keeps that, and its space."""
         self._leaves_trash = True
         self._workspace.discard(self._layout.span_cache(diff_id))
+
+    def discard_download(self, path: str, *, is_dry: bool = False) -> bool:
+        """Takes away what is here of a blob, a file of downloads/; False: somebody is fetching the rest.
+
+        `is_dry`: only looks.
+        """
+        return discard_download(self._workspace, path, is_dry=is_dry)
 
     def open_layers(self, image: Image, *, is_whole: bool = False) -> list[Layer]:
         """Bottom first; shared with all others who opened them in this process. Keep them while you read.

@@ -1,7 +1,8 @@
 """Images from registries and to them. Blocking.
 
 What is pulled goes the way of every import: several layers at once, verified as they stream, staged and
-published whole; what the store has is not fetched. A pull that fails keeps nothing.
+published whole; what the store has is not fetched. A pull that is cut off keeps what came of the layers, for
+the next to go on from (fusestore.downloads).
 """
 
 import threading
@@ -60,12 +61,21 @@ def pull(
         try:
             data, media_type = registry.manifest()
             source = open_image(_RegistryBlobs(registry), data, media_type, [str(reference)], platform)
-            return _in_parts(source, registry, options.plain_http) if is_lazy else source
+            return _resumed(_in_parts(source, registry, options.plain_http) if is_lazy else source, registry)
         except BaseException:
             registry.close()
             raise
 
     return store.import_source(open_source, [name] if name else [], progress)
+
+
+def _resumed(source: Source, registry: Registry) -> Source:
+    """The same, of layers whose download goes on where an earlier one ended."""
+    layers = tuple(
+        replace(layer, open_at=partial(registry.blob, layer.blob, layer.size)) if layer.blob else layer
+        for layer in source.layers
+    )
+    return replace(source, layers=layers)
 
 
 def _in_parts(source: Source, registry: Registry, plain_http: bool) -> Source:

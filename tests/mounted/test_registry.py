@@ -420,27 +420,29 @@ def _start(person: Person, place: Place, *command: str) -> "subprocess.Popen[str
     )  # fmt: skip
 
 
-def _staged(place: Place) -> int:
-    """Bytes of the largest file that is being written."""
-    return max((file.stat().st_size for file in (place.store / "tmp").glob("*/blob-*")), default=0)
+def _fetched(place: Place) -> int:
+    """Bytes of the largest blob that is on its way."""
+    return max((file.stat().st_size for file in (place.store / "downloads").glob("*")), default=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_pull_that_is_ended_keeps_nothing(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_pull_that_is_ended_is_gone_on_with(
     place: Place, stalled: tuple[str, Proxy], number: signal.Signals
 ) -> None:
     name, proxy = stalled
     with _start(place.person, place, "fusestore", "pull", name) as process:
-        wait_until(lambda: _staged(place) > 200 << 10)
+        wait_until(lambda: _fetched(place) > 200 << 10)
         process.send_signal(number)
         _, err = process.communicate(timeout=10)
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert err.strip() == "fusestore: interrupted"
-        assert not place.store.exists()
+    assert place.fusestore("images", "--json").ok().strip() == "[]"
     proxy.faults.clear()
     place.fusestore("pull", name).ok()
-    assert os.listdir(place.store / "tmp") == []
+    *_, last = proxy.requests(f"^GET .*/blobs/sha256:{_big_layer(place)}")
+    assert int(last.headers["Range"].removeprefix("bytes=").removesuffix("-")) > 200 << 10
+    assert os.listdir(place.store / "tmp") == os.listdir(place.store / "downloads") == []
     assert place.fusestore("check").ok() == ""
 
 

@@ -1,6 +1,7 @@
 """Pulls from Debian's docker-registry through a proxy that does what networks and registries do at times.
 
-Each ends with the right bytes, or with one line that says what to do, and nothing kept.
+Each ends with the right bytes, or with one line that says what to do, and nothing kept but what the next goes
+on from.
 """
 
 import email.utils
@@ -76,6 +77,11 @@ def _keeps_nothing(store: Store) -> None:
     assert store.images() == []
     for directory in ("blobs/sha256", "layers", "images", "tmp", "trash"):
         assert os.listdir(f"{store.path}/{directory}") == []
+
+
+def _downloads(store: Store) -> list[str]:
+    path = f"{store.path}/downloads"
+    return os.listdir(path) if os.path.isdir(path) else []
 
 
 # What is done to an answer
@@ -240,6 +246,18 @@ def test_a_pull_fails_and_keeps_nothing(store: Store, proxy: Proxy, what: str) -
     _fails(store, proxy, kind, message)
 
 
+def test_what_came_before_a_registry_went_is_not_fetched_again(store: Store, proxy: Proxy, big: str) -> None:
+    proxy.faults = [Fault(big, _cut_at(600 * K), 1), Fault(big, _status(503))]
+    _fails(store, proxy, RegistryFailed, "503")
+    size = os.stat(f"{store.path}/downloads/{big.rpartition(':')[2]}").st_size
+    assert size > 0
+    proxy.faults.clear()
+    _pull(store, proxy)
+    assert proxy.requests(big)[-1].headers["Range"] == f"bytes={size}-"
+    assert _downloads(store) == []
+    assert check(store) == []
+
+
 def _fails(store: Store, proxy: Proxy, kind: type[FusestoreError], message: str) -> None:
     with pytest.raises(kind, match=message) as raised:
         _pull(store, proxy)
@@ -269,8 +287,9 @@ def test_wrong_bytes_of_a_layer(
     store: Store, proxy: Proxy, big: str, do: Callable[[Answer], None], message: str
 ) -> None:
     proxy.faults = [Fault(big, do)]
-    kind = LayerRefused if "refused" in message else RegistryFailed
-    _fails(store, proxy, kind, message)
+    is_refused = "refused" in message
+    _fails(store, proxy, LayerRefused if is_refused else RegistryFailed, message)
+    assert not (is_refused and _downloads(store))
 
 
 def test_a_part_that_was_not_asked_for(store: Store, proxy: Proxy, big: str) -> None:

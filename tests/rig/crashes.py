@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from rig.ocisources import pulled
 from rig.stores import Exiting, open_at
 
 from fusestore import durable
@@ -81,6 +82,7 @@ OPERATIONS: dict[str, Callable[[Store, str], object]] = {
     "set metadata": lambda store, _: store.set_container_metadata("plain", {"a": 1}),
     "set metadata with a name": lambda store, _: store.set_container_metadata("plain", {"a": 1, "name": "n"}),
     "import": lambda store, two: store.import_image(two),
+    "pull": lambda store, two: store.import_source(lambda _: pulled(two)),
     "import with names": lambda store, two: store.import_image(two, ["one", "x:1"]),
     "tag": lambda store, _: store.tag("one", "again"),
     "untag": lambda store, _: store.untag("one"),
@@ -92,7 +94,7 @@ OPERATIONS: dict[str, Callable[[Store, str], object]] = {
 }
 """`two` is an image to import."""
 
-STRIDES = {"commit": 19, "import": 3, "import with names": 3}
+STRIDES = {"commit": 19, "import": 3, "pull": 5, "import with names": 3}
 """Of these one step in so many is tried in CI; tests/bench/crashes.py tries all."""
 
 

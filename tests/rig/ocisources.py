@@ -6,11 +6,16 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OCI", "SourceMaker", "digest", "docker_archive", "tar_of"]
+from fusestore.errors import RegistryFailed
+from fusestore.sourcefiles import Reader
+from fusestore.sources import LayerSource, Source, open_source
+
+__all__ = ["OCI", "SourceMaker", "digest", "docker_archive", "pulled", "tar_of"]
 
 OCI = "application/vnd.oci.image."
 
@@ -111,3 +116,35 @@ def docker_archive(
     files = {"manifest.json": json.dumps(manifest).encode(), config_name: config}
     files.update((name, tar) for name, tar in zip(names, layers, strict=True) if name not in (links or {}))
     return files
+
+
+class _Rest:
+    """A layer from `offset` on, of a registry that is gone after byte `end` of it."""
+
+    def __init__(self, layer: LayerSource, end: int, offsets: list[int], offset: int) -> None:
+        self._file: Reader = layer.open()
+        self._file.read(offset)
+        self._end, self._offset, self._size = end, offset, layer.size
+        offsets.append(offset)
+
+    def read(self, size: int, /) -> bytes:
+        if self._offset >= self._end < self._size:
+            raise RegistryFailed("the registry is gone")
+        data = self._file.read(min(size, self._end - self._offset))
+        self._offset += len(data)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def pulled(text: str, end: int | None = None, offsets: list[int] | None = None) -> Source:
+    """The source, as one of a registry. `end`: bytes of a layer after which that is gone. `offsets` gets
+    where the reading of layers began."""
+    source = open_source(text)
+    begun = [] if offsets is None else offsets
+    layers = tuple(
+        replace(layer, open_at=partial(_Rest, layer, layer.size if end is None else end, begun))
+        for layer in source.layers
+    )
+    return replace(source, layers=layers)
