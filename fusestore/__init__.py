@@ -34,7 +34,7 @@ below it (setup.cfg, checked by import-linter)::
     openfile · objects      an open file there · its objects, those with a descriptor
     check                   verifies a store
     store                   images and containers on disk: the Python API
-    importer                an image comes in, staged
+    importer                an image comes in, staged             storedir      a store made, and recognised
     downloads               blobs whose way here was cut off
     images                  index.json and what it reaches
     metadataimage           the EROFS image of a merged tree
