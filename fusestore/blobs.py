@@ -300,6 +300,13 @@ class LayerReader(ABC):
         finally:
             os.close(found)
 
+    def give_back(self) -> None:
+        """Have the kernel drop what it caches of the layer's files, for who keeps what was read.
+
+        What is not on disk yet goes there first, and is dropped by a later call. Beside reads.
+        """
+        os.posix_fadvise(self._blob_fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     @abstractmethod
     def close(self) -> None:
         """Idempotent."""
@@ -426,6 +433,13 @@ class _SpanReader(LayerReader):
     def reopen(self) -> None:
         self._find_tar()
         super().reopen()
+
+    def give_back(self) -> None:
+        super().give_back()
+        tar = self._tar
+        if tar is not None:
+            tar.give_back()
+        self._cached.give_back()
 
     def read_now(self, offset: int, length: int) -> bytes | None:
         tar = self._tar

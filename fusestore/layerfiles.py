@@ -212,6 +212,13 @@ class LayerFiles:
             with contextlib.suppress(StoreDamaged):  # deleted: who has it open keeps it
                 layer.reader.reopen()
 
+    def give_back(self) -> None:
+        """Have the kernel drop what it caches of the files of open layers."""
+        with self._lock:
+            layers = list(self._open.values())
+        for layer in layers:
+            layer.reader.give_back()
+
     def close(self) -> None:
         """Idempotent. Layers that someone refers to stay open until let go."""
         with self._lock:

@@ -53,6 +53,7 @@ _GRACE_S = 10.0
 _RETRY_S = 2.0
 _RETRY_MAX_S = 60.0
 _WRITE_BACK_S = 10.0
+_THRIFT_PAUSE_S = 2.0
 
 
 class _NoLock:
@@ -182,7 +183,12 @@ def run(
             record,
             store,
             filesystem,
-            _Chores(trash, hydrator, _Completion(store, trash.wake)),
+            _Chores(
+                trash,
+                hydrator,
+                _Completion(store, trash.wake),
+                _Thrift(store, filesystem, is_needed=chosen in BY_KERNEL),
+            ),
             departure,
             watch,
             ready,
@@ -339,12 +345,40 @@ class _Hydrator:
             _log.warning("image %s is not hydrated: %s", image_id[:12], error)
 
 
+class _Thrift:
+    """Gives back what the kernel caches a second time of layers, where it serves containers itself.
+
+    It keeps what they read once for all of them: the pages of the tar, of the blob and of what was
+    decompressed, which that came from, serve nobody then. (By the union driver each container has pages of
+    its own, and the next one's come from these.)
+    """
+
+    def __init__(self, store: Store, filesystem: Filesystem, is_needed: bool) -> None:
+        self._store = store
+        self._filesystem = filesystem
+        self._is_needed = is_needed
+
+    async def run(self) -> None:
+        while self._is_needed:
+            await trio.sleep(_THRIFT_PAUSE_S)
+            files = self._filesystem.tree.handles.read_once()
+            await trio.to_thread.run_sync(self._give_back, files, abandon_on_cancel=True)
+
+    def _give_back(self, files: Iterable[int]) -> None:
+        try:
+            self._store.give_back_pages()
+        except OSError as error:
+            _log.warning("pages of layers are not given back: %s", error)
+        _write_back(files)
+
+
 class _Chores(NamedTuple):
     """What a mount does in the background."""
 
     trash: _Trash
     hydrator: _Hydrator
     completion: _Completion
+    thrift: _Thrift
 
 
 async def _serve(
@@ -522,7 +556,7 @@ def _detach(mountpoint: str, device: str | None) -> None:
 
 
 def _write_back(files: Iterable[int]) -> None:
-    """Blocking: has the kernel write what it holds of these files, also where they are mapped."""
+    """Blocking: has the kernel write what it holds of these files, also where mapped, and drop it."""
     for ino in files:
         try:
             pyfuse3.invalidate_inode(pyfuse3.InodeT(ino))

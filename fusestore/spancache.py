@@ -303,6 +303,10 @@ class SpanFile:
         else:
             self._cache.misses += 1
 
+    def give_back(self) -> None:
+        """Have the kernel drop what it caches of the file, once that is on disk: it stays kept there."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def clear(self) -> None:
         """Give back all that is kept; readers beside it find it missing."""
         with self._lock:

@@ -434,6 +434,10 @@ class Store:
         """Has open layers read the blobs and tars that are there now: others too replace and remove some."""
         self._layers.reopen()
 
+    def give_back_pages(self) -> None:
+        """Has the kernel drop what it caches of the files of layers open here, where it is on disk."""
+        self._layers.give_back()
+
     def metadata_image(self, image: Image) -> str:
         """The file with its merged tree for the kernel (fusestore.erofs), made if it is missing.
 

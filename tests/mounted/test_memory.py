@@ -1,5 +1,6 @@
 """What a mount holds: no more than the kernel asks it to, and nothing of what is closed and forgotten."""
 
+import json
 import os
 import re
 from collections import deque
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from rig.images import Images
 from rig.mounts import Mount, drop_names, wait_until
 from rig.randomcalls import Caller
 from rig.requirements import need
@@ -93,3 +95,27 @@ def test_opening_and_closing_holds_nothing(fresh: Mount) -> None:
     descriptors_after, memory_after = _held(daemon)
     assert descriptors_after <= descriptors
     assert memory_after < memory + (256 << 10) + CALLS * 8
+
+
+@pytest.mark.parametrize("person", ["erofs", "overlay"], indirect=True)
+def test_the_page_cache_has_once_what_the_kernel_serves(fresh: Mount, images: Images) -> None:
+    """Beside the file, at first, what was decompressed, the blob of that, and by EROFS the tar."""
+    fresh.fusestore("import", images.debian.source).ok()
+    fresh.fusestore("create", "debian", "a").ok()
+
+    def cached(*patterns: str) -> int:
+        found = fresh.sh(f"fincore --bytes --noheadings --output RES {' '.join(patterns)}").ok()
+        return sum(map(int, found.split()))
+
+    blobs = json.loads(fresh.sh("cat images/debian/metadata.json").ok())["layers"]
+    layers = [f"{fresh.store}/blobs/{blob['digest'].replace(':', '/')}" for blob in blobs]
+    layers += [f"{fresh.store}/layers/*/cache", "images/debian/layers/*/tar"]
+    perl = "containers/a/rootfs/usr/bin/perl"
+    size = int(fresh.sh(f"cat {perl} > /dev/null; stat -c %s {perl}").ok())
+    assert cached(*layers) > size // 2
+
+    def has_it_once() -> bool:
+        fresh.sh(f"cat {perl} > /dev/null").ok()  # by the kernel alone, or else all of it comes again
+        return cached(*layers) < 64 << 10 and cached(perl) > size // 2
+
+    wait_until(has_it_once, 30)
