@@ -8,7 +8,8 @@ The file, version 1, little endian::
     records   of each chunk: where its compressed bytes begin and end in the blob, how much decompressed comes
               before it there, its length, its sha256
 
-Starts ascend, from 0, each chunk ending where the next begins. A reader refuses (StoreDamaged) all else.
+Starts ascend, from 0, each chunk ending where the next begins. A reader refuses (StoreDamaged) all else: what
+the starts say when the file is opened, what a record says when it is asked for.
 """
 
 import sys
@@ -21,7 +22,7 @@ from typing import Final
 from zlib import crc32
 
 from .errors import StoreDamaged
-from .toc import Chunk
+from .toc import CHUNK_MAX, TOC_MAX, Chunk
 
 __all__ = ["ChunkTable", "pack_chunks"]
 
@@ -53,6 +54,7 @@ class ChunkTable:
 
     def __init__(self, data: bytes, where: str) -> None:
         """Raises StoreDamaged, naming `where`."""
+        self._where = where
         body = memoryview(data)[_HEADER.size :]
         if len(body) < _COUNTS.size or _HEADER.unpack_from(data) != (_MAGIC, _VERSION, crc32(body)):
             raise _damaged(where)
@@ -78,7 +80,18 @@ class ChunkTable:
         return bisect_right(self._starts, offset) - 1
 
     def __getitem__(self, number: int) -> Chunk:
-        return Chunk(self._starts[number], *_RECORD.unpack_from(self._records, number * _RECORD.size))
+        """Raises StoreDamaged."""
+        start, end = self._starts[number], self._starts[number + 1]
+        chunk = Chunk(start, *_RECORD.unpack_from(self._records, number * _RECORD.size))
+        # A table of contents is the longest there is.
+        if (
+            not chunk.offset < chunk.end <= min(self.blob_size, chunk.offset + TOC_MAX)
+            or chunk.inner > CHUNK_MAX
+            or chunk.size != end - start
+            or chunk.size > TOC_MAX
+        ):
+            raise _damaged(self._where)
+        return chunk
 
 
 def _damaged(where: str) -> StoreDamaged:

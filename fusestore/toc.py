@@ -202,7 +202,7 @@ class _Builder:
         )
         if not 0 < size <= min(self._left, CHUNK_MAX):
             raise NoToc(f"its table of contents has a chunk of {size} bytes in {self._name!r}")
-        place, inner = _number(raw, "offset", below=self._end), _number(raw, "innerOffset")
+        place, inner = _number(raw, "offset", below=self._file_end), _number(raw, "innerOffset")
         if inner > CHUNK_MAX:
             raise NoToc(f"its table of contents has a chunk of {self._name!r} deep inside of another")
         digest = bytes.fromhex(digest_hex(_digest(checksum)))

@@ -109,6 +109,8 @@ def test_the_landmark() -> None:
         [_file("a", size=True)],
         [_file("a", size="10")],
         [_file("a", offset=500)],
+        [_file("a", endOffset=7)],
+        [_file("a", endOffset=501)],
         [_file("a", uid=1 << 32)],
         [_file("a", innerOffset=1 << 40)],
         [_file("a", xattrs={"user.x": "%"})],
