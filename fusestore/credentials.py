@@ -8,7 +8,6 @@ A rule a maintainer must not break: no error and no repr has a byte of what a fi
 """
 
 import base64
-import binascii
 import json
 import os
 import re
@@ -135,19 +134,28 @@ def _from_entry(entry: Any, key: str, path: str) -> Credentials | None:
     if isinstance(auth, str) and auth:
         try:
             user, colon, password = base64.b64decode(auth, validate=True).decode().rstrip("\0").partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             colon = ""
         if not colon:
-            raise BadInput(
-                f"{path} has an entry for {key} that is no user and password: log in anew"
-            ) from None
+            raise _no_pair(key, path)
     else:
         user, password = entry.get("username"), entry.get("password")
+    if not all(_is_text(value) for value in (user, password, token) if isinstance(value, str)):
+        raise _no_pair(key, path)
     if isinstance(token, str) and token:
         return Credentials(user if isinstance(user, str) else "", identity_token=token)
     if isinstance(user, str) and isinstance(password, str) and user:
         return Credentials(user, password)
     return None
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be sent: JSON can spell half of a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def _no_pair(key: str, path: str) -> BadInput:
+    return BadInput(f"{path} has an entry for {key} that is no user and password: log in anew")
 
 
 def _ask_helper(name: Any, keys: Sequence[str], path: str) -> Credentials | None:
@@ -184,7 +192,7 @@ def _parse_answer(data: bytes) -> Credentials | None:
         user, secret = answer["Username"], answer["Secret"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not isinstance(user, str) or not isinstance(secret, str):
+    if not _is_text(user) or not _is_text(secret):
         return None
     if user == _TOKEN_USER:
         return Credentials("", identity_token=secret)

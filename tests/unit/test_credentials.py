@@ -128,7 +128,9 @@ def test_entries(tmp_path: Path, entry: object, found: Credentials | None) -> No
     "text",
     ["{", "[]", '"secret-1"', '{"auths": {"a.example": {"auth": "secret-1"}}}', "[" * 100000, "\udcff",
      '{"auths": {"a.example": {"auth": "c2VjcmV0LTE="}}}', '{"credsStore": "../secret-1"}',
-     '{"credHelpers": {"a.example": ["secret-1"]}}'],
+     '{"credHelpers": {"a.example": ["secret-1"]}}', '{"auths": {"a.example": {"auth": "secret-1é"}}}',
+     '{"auths": {"a.example": {"username": "u", "password": "secret-1\\ud800"}}}',
+     '{"auths": {"a.example": {"identitytoken": "secret-1\\ud800"}}}'],
 )  # fmt: skip
 def test_a_damaged_file_is_named_and_not_quoted(tmp_path: Path, text: str) -> None:
     path = tmp_path / "auth"
@@ -211,7 +213,8 @@ def test_a_token_of_a_helper(helper: Path, tmp_path: Path) -> None:
     assert find_credentials(parse_reference("a.example/app"), [path]) == Credentials("", identity_token="t")
 
 
-@pytest.mark.parametrize("answer", ["secret-3", "{}", '{"Username": 1, "Secret": "secret-3"}', "[]"])
+@pytest.mark.parametrize("answer", ["secret-3", "{}", '{"Username": 1, "Secret": "secret-3"}', "[]",
+                                    '{"Username": "u", "Secret": "secret-3\\ud800"}'])  # fmt: skip
 def test_a_helper_that_answers_nonsense_is_not_quoted(helper: Path, tmp_path: Path, answer: str) -> None:
     (helper / "a.example").write_text(answer)
     with pytest.raises(BadInput, match=r"docker-credential-test, which .*, failed: run it by hand") as raised:
