@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -398,7 +398,7 @@ class Containers:
     def empty_run_trash(self) -> None:
         empty_trash(self._run.trash)
 
-    def repair_names(self, suspects: Mapping[str, list[str]]) -> None:
+    def repair_names(self, suspects: Mapping[str, Sequence[str]]) -> None:
         """Makes each name point to that of the containers which carries it, or go. With the lock held."""
         for name, candidates in suspects.items():
             carriers = [found for found in candidates if self._documented_name(found) == name]
@@ -409,7 +409,7 @@ class Containers:
 
     # Parts of changes
 
-    def _renaming(self, suspects: Mapping[str, list[str]]) -> AbstractContextManager[None]:
+    def _renaming(self, suspects: Mapping[str, Sequence[str]]) -> AbstractContextManager[None]:
         """Around several renames: whatever ends them, an error or a crash, the names will be right."""
         return self._workspace.intent({"names": suspects}, lambda: self.repair_names(suspects))
 

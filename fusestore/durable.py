@@ -16,16 +16,19 @@ whether the thing is still in its place, and makes another if not.
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from .errors import Busy, StoreUnusable
+from .errors import BadName, Busy, StoreUnusable
 from .layout import INTENT
+from .names import parse_digest
 from .syscalls import syncfs
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "lock_directory",
     "open_directory",
     "read_file",
+    "read_intent",
     "sync",
     "write_all",
     "write_sparse",
@@ -49,6 +53,7 @@ LOCK_TIMEOUT_S = 60.0
 
 _LOCK_POLL_MAX_S = 0.02
 
+_INTENT_MAX = 16 << 20
 _HOLE = 64 << 10
 """Bytes, and their alignment, that are worth a hole."""
 _ZEROS = bytes(_HOLE)
@@ -405,6 +410,37 @@ def empty_trash(trash: str) -> None:
             failure = failure or error
     if failure is not None:
         raise failure
+
+
+class Intent(NamedTuple):
+    """What a file says that `Workspace.intent` wrote."""
+
+    names: Mapping[str, Sequence[str]]
+    loose: Mapping[str, Sequence[str]]
+
+
+def read_intent(path: str) -> Intent | None:
+    """None: nothing was changed yet, or what is there nobody wrote to be acted upon."""
+    try:
+        found = json.loads(read_file(path, _INTENT_MAX))
+        intent = Intent(_lists(found.get("names", {})), _lists(found.get("loose", {})))
+        for digest in (*intent.loose.get("blobs", ()), *intent.loose.get("layers", ())):
+            parse_digest(digest)
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError, BadName):
+        return None
+    return intent
+
+
+def _lists(value: Any) -> Mapping[str, Sequence[str]]:
+    """Names by name: none leads out of the directory that it is joined to. Raises ValueError and more."""
+    found = {key: [str(name) for name in names] for key, names in value.items() if isinstance(names, list)}
+    if found != value or not all(map(_is_component, (*found, *itertools.chain(*found.values())))):
+        raise ValueError("an intent names what is nowhere")
+    return found
+
+
+def _is_component(name: str) -> bool:
+    return name.isascii() and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
 
 
 class Workspace:

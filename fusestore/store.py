@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import metadata, oci
 from .containers import Bindings, Container, Containers, Draft, Hold
 from .downloads import discard_download
-from .durable import Scratch, Workspace, read_file
+from .durable import Scratch, Workspace, read_file, read_intent
 from .errors import BadInput, Busy, FusestoreError, NotFound, StoreDamaged, StoreUnusable
 from .images import Catalog, Entry, Image, Images
 from .importer import Importer, Progress
@@ -68,7 +68,6 @@ __all__ = [
 _ID_BYTES = 32
 """Of a container id made at random: 64 hex digits, as libpod's."""
 
-_INTENT_MAX = 16 << 20
 _SCHEME_MAX = 1 << 10
 
 _log = logging.getLogger("fusestore")
@@ -783,13 +782,12 @@ class Store:
                     _log.warning("what a crash interrupted is not repaired yet: %s", error)
 
     def _fulfil(self, path: str) -> None:
-        try:
-            intent = oci.parse_object(read_file(path, _INTENT_MAX), INTENT, _INTENT_MAX)
-        except (FileNotFoundError, BadInput):
-            return  # none, or not whole: nothing was changed yet
+        intent = read_intent(path)
+        if intent is None:
+            return
         with self._workspace.lock():
-            self._containers.repair_names(intent.get("names", {}))
-            self._images.sweep_locked(intent.get("loose", {}))
+            self._containers.repair_names(intent.names)
+            self._images.sweep_locked(intent.loose)
 
 
 def _new_id(chosen: str | None) -> str:

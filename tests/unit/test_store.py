@@ -16,6 +16,7 @@ from rig.ocisources import SourceMaker, tar_of
 from rig.requirements import need
 from rig.stores import open_at
 
+from fusestore.check import check
 from fusestore.containers import Containers, Draft
 from fusestore.errors import (
     Busy,
@@ -293,3 +294,31 @@ def test_who_makes_what_another_deletes_at_once_has_made_it(
     monkeypatch.setattr(Containers, "create", create)
     assert store.create_container(container_id="mine").id == "mine"
     assert store.container_ids() == []
+
+
+@pytest.mark.parametrize(
+    "intent",
+    [
+        "{",
+        "[]",
+        '{"names": [], "loose": {}}',
+        '{"names": {"n": "c"}}',
+        '{"names": {"n": [1]}}',
+        '{"names": {"n": ["\\ud800"]}}',
+        '{"names": {"../../outside": ["c"]}}',
+        '{"loose": {"blobs": [{}]}}',
+        '{"loose": {"layers": ["sha256:../../../outside"]}}',
+        '{"loose": {"images": ["../../outside"]}}',
+        '{"loose": {"images": [".."]}}',
+    ],
+)
+def test_what_nobody_meant_is_not_done(tmp_path: Path, intent: str) -> None:
+    """A file where an interrupted change says what it was about to do."""
+    open_at(tmp_path).close()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "store/tmp/dead").mkdir()
+    (tmp_path / "store/tmp/dead/intent").write_text(intent)
+    with open_at(tmp_path) as store:
+        assert check(store) == []
+    assert os.listdir(tmp_path / "store/tmp") == []
+    assert (tmp_path / "outside").is_dir() and (tmp_path / "store/images").is_dir()
