@@ -53,7 +53,8 @@ def test_chunks_that_do_not_ascend() -> None:
 def test_a_chunk_that_cannot_be_is_refused_when_it_is_asked_for(wrong: dict[str, int]) -> None:
     """Checksums that fit are no proof: memory is taken for what the record says."""
     chunks = [CHUNKS[0]._replace(**wrong), CHUNKS[1]]
-    table = ChunkTable(pack_chunks(chunks, compression="zstd", blob_size=100, size=40, prefetch_end=0), "here")
+    data = pack_chunks(chunks, compression="zstd", blob_size=100, size=40, prefetch_end=0)
+    table = ChunkTable(data, "here")
     assert table[1] == CHUNKS[1]
     with pytest.raises(StoreDamaged, match="here is damaged"):
         table[0]
