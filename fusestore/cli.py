@@ -23,6 +23,7 @@ from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout
 from .meter import prometheus
 from .mountpoint import MountOptions, check_mountpoint, check_not_within, unmount
+from .names import printable
 from .options import (
     Places,
     cache_size_option,
@@ -43,7 +44,6 @@ from .terminal import (
     print_path,
     print_status,
     print_table,
-    printable,
     progress_bar,
     short_id,
     size_text,
@@ -450,7 +450,7 @@ def _start(places: Places, ref: str) -> None:
     """
     with places.open() as store:
         rootfs = store.start_container(ref)
-    click.echo(os.fspath(rootfs))
+    print_path("", os.fsencode(rootfs))
 
 
 @_command
@@ -658,7 +658,7 @@ def _gc(places: Places, dry_run: bool, keep: int) -> None:
     total = 0
     with places.open() as store:
         for item in reclaim(store, keep_s=keep * _DAY_S, is_dry=dry_run):
-            click.echo(f"{item.name}: {size_text(item.size)}, {item.why}")
+            click.echo(printable(f"{item.name}: {size_text(item.size)}, {item.why}"))
             total += item.size
     click.echo(f"{size_text(total)} can be given back" if dry_run else f"{size_text(total)} given back")
 

@@ -16,10 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import AccessDenied, FusestoreError, StoreUnusable
 from .mountpoint import MountOptions
+from .names import printable
 
 __all__ = ["check_permission", "describe", "detach", "log_to"]
 
@@ -148,11 +149,23 @@ def log_to(path: str | None, *, as_json: bool = False) -> Callable[[], None] | N
     """
     log = None if path is None else _Log(path, maxBytes=_LOG_MAX, backupCount=1)
     handler = log or logging.StreamHandler()
-    handler.setFormatter(
-        _JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
+    handler.setFormatter(_JsonFormatter() if as_json else _LineFormatter())
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     return None if log is None else log.reopen
+
+
+class _LineFormatter(logging.Formatter):
+    """For people: a message may have a name in it that would act on a terminal, or look like another line."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 class _JsonFormatter(logging.Formatter):

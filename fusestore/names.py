@@ -1,4 +1,4 @@
-"""Names that come from outside, checked once: digests, container ids, image names. Pure.
+"""Names from outside, checked once: digests, container ids, image names; how all else is shown. Pure.
 
 The rules are: OCI image-spec, descriptor.md (digests, sha256 only); design.md section 2 (container ids);
 OCI distribution-spec / containers/image docker reference (image names).
@@ -16,6 +16,7 @@ __all__ = [
     "parse_container_id",
     "parse_digest",
     "parse_image_name",
+    "printable",
 ]
 
 FILE_NAME_MAX = 255
@@ -65,3 +66,11 @@ def parse_image_name(text: str) -> str:
     if is_hex_id(components[0]):
         raise BadName(f"{text!r} cannot name an image: it has the form of an image id")
     return text
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without what a terminal would obey: the unprintable is escaped as in Python."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )

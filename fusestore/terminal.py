@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import click
 
 from .errors import BadInput
-from .names import is_hex_id
+from .names import is_hex_id, printable
 
 __all__ = [
     "SHORT_ID",
@@ -30,7 +30,6 @@ __all__ = [
     "print_path",
     "print_status",
     "print_table",
-    "printable",
     "progress_bar",
     "short_id",
     "size_text",
@@ -43,14 +42,6 @@ SHORT_ID = 12
 def fail(message: str, code: int = 1) -> int:
     print(f"fusestore: {printable(message)}", file=sys.stderr)
     return code
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without what a terminal would obey: the unprintable is escaped as in Python."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in text
-    )
 
 
 def print_json(value: object) -> None:

@@ -22,9 +22,10 @@ from rig.tinyimages import make_layout
 from fusestore import cli, daemon, mountpoint
 from fusestore.errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from fusestore.mountpoint import MountOptions, check_mountpoint, detach
+from fusestore.names import printable
 from fusestore.options import size_of
 from fusestore.store import Store
-from fusestore.terminal import local_time, printable
+from fusestore.terminal import local_time
 
 ID = re.compile(r"[0-9a-f]{64}\n")
 
