@@ -1,9 +1,9 @@
 """Fuzz target: what is read as JSON or msgpack, from images, from the store, from users and at the bell.
 
-Invariant: whatever the bytes, a value or BadInput, of the store's own files StoreDamaged, at the bell
-ValueError. Every other exception, a crash or a hang is a bug.
+Invariant: whatever the bytes, a value or BadInput, of the store's own files StoreDamaged, of what makes
+it a store StoreUnusable, at the bell ValueError. Every other exception, a crash or a hang is a bug.
 
-    python tests/fuzz/fuzz_documents.py [SECONDS]
+    python tests/fuzz/fuzz_documents.py [SECONDS | CORPUS.zip]
 
 With atheris installed it is driven by coverage (then the arguments are libFuzzer's), else by random mutation.
 """
@@ -14,7 +14,6 @@ import os
 import random
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -22,22 +21,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import msgpack
-from rig.fuzzing import drive
+from rig.fuzzing import drive, own_directory
 from rig.ocisources import SourceMaker, docker_archive, tar_of
 
-from fusestore import metadata, oci
-from fusestore.durable import Workspace
-from fusestore.errors import BadInput, FusestoreError, StoreDamaged
+from fusestore import metadata, oci, store
+from fusestore.containers import Containers
+from fusestore.durable import Workspace, read_intent
+from fusestore.errors import BadInput, FusestoreError, StoreDamaged, StoreUnusable
 from fusestore.images import Images
-from fusestore.layout import Layout
+from fusestore.layout import Layout, run_layout
 from fusestore.mounts import Changed
 from fusestore.sources import open_source
 
-PLACE = Path(tempfile.mkdtemp(prefix="fusestore-fuzz-"))
+PLACE = own_directory()
 LAYOUT = Layout(str(PLACE / "store"))
 for _directory in (LAYOUT.root, *LAYOUT.directories):
     os.mkdir(_directory)
 ID = "0" * 64
+CONTAINER = "c"
 
 
 def as_manifest(data: bytes) -> None:
@@ -53,7 +54,9 @@ def as_index(data: bytes) -> None:
 
 
 def as_document(data: bytes) -> None:
+    is_prefix = metadata.is_prefix(data)
     document = metadata.parse_document(data)
+    assert is_prefix and all(metadata.is_prefix(data[:cut]) for cut in {1, len(data) // 2, *data[:4]})
     stored = {"image-name": "", "image-id": "", "created-at": 1, "mine": [1]}
     change = metadata.merge(stored, document, "c")
     assert json.loads(metadata.render(change.document, "c", mounted=False))["id"] == "c"
@@ -63,8 +66,15 @@ def as_bell(data: bytes) -> None:
     Changed.decode(data)
 
 
+WORKSPACE = Workspace(tmp=LAYOUT.tmp, trash=LAYOUT.trash, lock=LAYOUT.lock)
+
+
 def _images() -> Images:
-    return Images(LAYOUT, Workspace(tmp=LAYOUT.tmp, trash=LAYOUT.trash, lock=LAYOUT.lock))
+    return Images(LAYOUT, WORKSPACE)
+
+
+def _containers() -> Containers:
+    return Containers(LAYOUT, run_layout(str(PLACE / "run"), b"store"), WORKSPACE)
 
 
 def as_store_index(data: bytes) -> None:
@@ -85,6 +95,35 @@ def as_record(data: bytes) -> None:
     entry["annotations"] = {"io.fusestore.image.id": ID}
     Path(LAYOUT.index).write_bytes(oci.encode({"schemaVersion": 2, "manifests": [entry]}))
     _images().catalog()
+
+
+def as_stored_document(data: bytes) -> None:
+    """A container's, which lists, shows and deletes all the same."""
+    os.makedirs(LAYOUT.container(CONTAINER), exist_ok=True)
+    Path(LAYOUT.document(CONTAINER)).write_bytes(data)
+    containers = _containers()
+    containers.names()
+    metadata.parse_document(containers.document(CONTAINER))
+
+
+def as_intent(data: bytes) -> None:
+    """What an interrupted change left: it is acted upon, or nobody meant it."""
+    path = PLACE / "intent"
+    path.write_bytes(data)
+    intent = read_intent(str(path))
+    if intent is not None:
+        assert ".." not in {*intent.names, *(name for names in intent.names.values() for name in names)}
+        _containers().repair_names(intent.names)
+        Path(LAYOUT.index).write_bytes(oci.encode({"schemaVersion": 2, "manifests": []}))
+        assert all("/../" not in path for path in _images().unreferenced(intent.loose))
+
+
+def as_format(data: bytes) -> None:
+    """Of a store that is opened."""
+    layout = Layout(str(PLACE / "other"))
+    os.makedirs(layout.tmp, exist_ok=True)
+    Path(layout.format_file).write_bytes(data)
+    store._require_store(layout, create=False)
 
 
 def as_archive(data: bytes) -> None:
@@ -110,6 +149,9 @@ READERS: list[tuple[Callable[[bytes], None], type[Exception]]] = [
     (as_store_index, StoreDamaged),
     (as_record, StoreDamaged),
     (as_archive, BadInput),
+    (as_stored_document, StoreDamaged),
+    (as_intent, StoreDamaged),
+    (as_format, StoreUnusable),
 ]
 
 
@@ -142,6 +184,10 @@ def _seeds() -> list[list[bytes]]:
     return [
         documents, documents, [*documents, index], user, [Changed("images", ID).encode()], [index], records,
         [archive.getvalue(), docker],
+        [b'{"name": "n", "image-name": "", "image-id": "", "created-at": 1, "mine": [1.5, "\\u00e9"]}'],
+        [b'{"names": {"n": ["c", "d"]}, "loose": {"blobs": ["%b"], "layers": ["%b"], "images": ["%b"]}}'
+         % (digest.encode(), digest.encode(), ID.encode())],
+        [b'{"format":"fusestore","version":%d,"features":[]}' % version for version in (1, 2)],
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Invariant: whatever the bytes, a table opens and gives its restarts, or StoreDam
 pieces of at most 1 MiB, or LayerRefused; and a run decoded from any table over any blob ends in these two
 ways. Every other exception, a crash or a hang is a bug.
 
-    python tests/fuzz/fuzz_seek.py [SECONDS]
+    python tests/fuzz/fuzz_seek.py [SECONDS | CORPUS.zip]
 
 With atheris installed it is driven by coverage (then the arguments are libFuzzer's), else by random mutation.
 """

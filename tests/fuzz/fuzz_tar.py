@@ -3,7 +3,7 @@
 Invariant: whatever the bytes, a tar becomes entries and an index, or LayerRefused; an index answers, or
 StoreDamaged. Every other exception, a crash or a hang is a bug. An index made from a tar is sound.
 
-    python tests/fuzz/fuzz_tar.py [SECONDS]
+    python tests/fuzz/fuzz_tar.py [SECONDS | CORPUS.zip]
 
 With atheris installed it is driven by coverage (then the arguments are libFuzzer's), else by random mutation.
 """
@@ -81,20 +81,28 @@ def index_of(tar: bytes) -> bytes:
     return builder.finish(scanner.size)
 
 
-HEAD, PAGES = decoded_pages(index_of(b"".join(CORPUS[1:])))
+INDEX = index_of(b"".join(CORPUS[1:]))
+HEAD, PAGES = decoded_pages(INDEX)
 
 
 def check(data: bytes) -> None:
     if not data:
         return
-    target, data = data[0] % 3, data[1:]
-    if target == 0:
-        check_tar(data)
-    elif target == 1:
-        check_tar(with_right_checksums(data))
-    else:
-        # The two pages of an index that is small, in one piece.
-        touch_everything(repacked(HEAD, [data[: len(PAGES[0])], data[len(PAGES[0]) :]]))
+    target, data = data[0] % 5, data[1:]
+    match target:
+        case 0:
+            check_tar(data)
+        case 1:
+            check_tar(with_right_checksums(data))
+        case 2:
+            # The two pages of an index that is small, in one piece.
+            touch_everything(repacked(HEAD, [data[: len(PAGES[0])], data[len(PAGES[0]) :]]))
+        case 3:
+            # The same with a head that lies.
+            head = HEAD[: -len(data[:8])] + data[:8] if data else HEAD
+            touch_everything(repacked(head, [data[8:], PAGES[1]]))
+        case _:
+            touch_everything(data)
 
 
 def check_tar(tar: bytes) -> None:
@@ -115,8 +123,9 @@ def with_right_checksums(tar: bytes) -> bytes:
 
 
 def mutated(rng: random.Random) -> bytes:
-    target = rng.randrange(3)
-    seed = b"".join(PAGES) if target == 2 else b"".join(rng.sample(CORPUS, rng.randint(1, 4)))
+    target = rng.randrange(5)
+    seed = {2: b"".join(PAGES), 3: HEAD[-8:] + PAGES[0], 4: INDEX}.get(target)
+    seed = seed or b"".join(rng.sample(CORPUS, rng.randint(1, 4)))
     data = bytearray(seed)
     for _ in range(rng.randint(1, 6)):
         place = rng.randrange(len(data))

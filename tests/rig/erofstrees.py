@@ -60,6 +60,10 @@ class MemoryTree:
                 if child.is_directory:
                     waiting.append((prefix + name + b"/", child))
 
+    def things(self) -> Iterator[Thing]:
+        """All but the root, once each."""
+        return iter(self._places)
+
     def listing(self, directory: Thing) -> Mapping[bytes, Thing]:
         return directory.children
 
