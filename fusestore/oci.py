@@ -8,10 +8,8 @@ The media type of a layer says that it is a tar; how it is compressed its first 
 (fusestore.streams).
 """
 
-import calendar
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -332,7 +330,10 @@ def make_manifest(config: Descriptor, layers: Sequence[Descriptor]) -> bytes:
     return encode(document)
 
 
-_RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)", re.ASCII)
+_EPOCH = datetime(1970, 1, 1)
+_RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\dT\d\d:\d\d):([0-5]\d|60)(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)", re.ASCII
+)
 
 
 def parse_time_ns(created: str) -> int:
@@ -340,21 +341,23 @@ def parse_time_ns(created: str) -> int:
     match = _RFC_3339.fullmatch(created)
     if match is None:
         return 0
+    minute, second, fraction, zone = match.groups()
     try:
-        seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
+        since = datetime.fromisoformat(minute) - _EPOCH
     except ValueError:
         return 0
-    if match[3] != "Z":
-        sign = -1 if match[3][0] == "-" else 1
-        seconds -= sign * (int(match[3][1:3]) * 3600 + int(match[3][4:6]) * 60)
-    return seconds * 10**9 + int((match[2] or "").ljust(9, "0"))
+    seconds = since.days * 86400 + since.seconds + int(second)
+    if zone != "Z":
+        sign = -1 if zone[0] == "-" else 1
+        seconds -= sign * (int(zone[1:3]) * 3600 + int(zone[4:6]) * 60)
+    return seconds * 10**9 + (int(fraction.ljust(9, "0")) if fraction else 0)
 
 
 def time_text(time_ns: int) -> str:
     """The RFC 3339 time that `parse_time_ns` reads as `time_ns`; the epoch for what no year has."""
     seconds, fraction = divmod(time_ns, 10**9)
     try:
-        moment = datetime(1970, 1, 1) + timedelta(seconds=seconds)
+        moment = _EPOCH + timedelta(seconds=seconds)
     except OverflowError:
         return time_text(0)
     return f"{moment.isoformat()}.{fraction:09d}Z"

@@ -13,7 +13,6 @@ in the tar are not in it: content is numbered through in a space of its own, fil
 import base64
 import binascii
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -180,14 +179,13 @@ class _Builder:
     def finish(self) -> Toc:
         self._require_whole()
         offsets = sorted({chunk.offset for chunk in self._chunks})
-        offsets.append(self._end)
+        following = dict(zip(offsets, [*offsets[1:], self._end], strict=False))
         chunks = []
-        for chunk in self._chunks:
-            following = offsets[bisect_right(offsets, chunk.offset)]
+        for start, offset, end, inner, size, digest in self._chunks:
             # More than that no compression needs for what does not get smaller.
-            needed = chunk.inner + chunk.size
-            bound = chunk.offset + needed + needed // 64 + _OVERHEAD
-            chunks.append(chunk._replace(end=min(chunk.end, following, bound)))
+            needed = inner + size
+            bound = offset + needed + needed // 64 + _OVERHEAD
+            chunks.append(Chunk(start, offset, min(end, following[offset], bound), inner, size, digest))
         return Toc(self._entries, chunks, self._size, self._prefetch_end)
 
     def _require_whole(self) -> None:
@@ -246,9 +244,9 @@ def _xattrs(value: Any) -> Iterator[tuple[bytes, bytes]]:
 
 def _text(raw: Mapping[str, Any], key: str) -> str:
     value = raw.get(key, "")
-    if not isinstance(value, str):
-        raise NoToc(f"its table of contents has a {key} that is no text")
-    return value
+    if type(value) is str:
+        return value
+    raise NoToc(f"its table of contents has a {key} that is no text")
 
 
 def _bytes(text: str) -> bytes:
@@ -262,6 +260,6 @@ def _bytes(text: str) -> bytes:
 
 def _number(raw: Mapping[str, Any], key: str, below: int = _SIZE_END) -> int:
     value = raw.get(key, 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < below:
-        raise NoToc(f"its table of contents has the {key} {value!r}")
-    return value
+    if type(value) is int and 0 <= value < below:  # bool is none here
+        return value
+    raise NoToc(f"its table of contents has the {key} {value!r}")

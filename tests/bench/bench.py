@@ -15,6 +15,7 @@ takes as much again in /var/tmp ($FUSESTORE_TEST_TMP). Parts, one to some minute
 """
 
 import argparse
+import compileall
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ import rows_loop
 import rows_rootfs
 from benchimages import BenchImages, make_bench_images
 from measure import Bench
+
+import fusestore
 
 PACKAGES = "fuse-overlayfs buildah podman skopeo umoci squashfuse squashfs-tools fio git mmdebstrap"
 
@@ -72,6 +75,8 @@ def main() -> int:
     if _ALONE not in os.environ:
         # Whoever makes a mount namespace has copies of all mounts there, which keeps them busy here.
         os.execvpe("unshare", ["unshare", "--mount", sys.executable, *sys.argv], {**os.environ, _ALONE: "1"})
+    # As pip leaves it: PYTHONDONTWRITEBYTECODE, and what changed since, would have each command compile it.
+    compileall.compile_dir(os.path.dirname(fusestore.__file__), quiet=2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what is mounted is unmounted first
     images = make_bench_images()
     bench = Bench(arguments.rounds)
