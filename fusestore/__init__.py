@@ -44,7 +44,8 @@ below it (setup.cfg, checked by import-linter)::
                                                            mounts        live mounts, and what they are told
     sources                 what an import reads                 registry    one repository of a registry
                                                                  transport   requests: TLS, rights, retries
-                                                                 credentials from podman's and docker's files
+                                                                 credentials, certificates: from podman's and
+                                                                             docker's files
     sourcefiles             their files: directory, tar          reference   docker-like names
     upper                   one container's diff/          blobs         a layer's bytes: ingest, LayerReader
     scheme                  what an upper's xattrs mean

@@ -9,13 +9,14 @@ Thread-safe; each blob is read by one thread.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import urlencode
 from urllib.request import getproxies_environment
 
 from . import oci
+from .certificates import certificate_directories
 from .credentials import Credentials, auth_files, find_credentials
 from .errors import AccessDenied, NotFound, NoToc, RegistryFailed
 from .nodes import Digest
@@ -45,9 +46,12 @@ class Registry:
         pushes: bool,
         patience: Patience,
         proxies: Mapping[str, str],
+        certificate_directories: Sequence[str],
     ) -> None:
         self.reference = reference
-        self.transport = Transport(reference, credentials, plain_http, patience, proxies)
+        self.transport = Transport(
+            reference, credentials, plain_http, patience, proxies, certificate_directories
+        )
         self._scope = f"repository:{reference.repository}:{'pull,push' if pushes else 'pull'}"
 
     def close(self) -> None:
@@ -218,6 +222,8 @@ class RegistryOptions:
     patience: Patience = field(default_factory=Patience)
     proxies: Mapping[str, str] = field(default_factory=dict)
     """Scheme → URL of its proxy; "no" → hosts that need none. As urllib.request.getproxies_environment."""
+    certificate_directories: Sequence[str] = ()
+    """See fusestore.certificates."""
 
     def open(self, reference: Reference, *, pushes: bool = False) -> Registry:
         return Registry(
@@ -227,6 +233,7 @@ class RegistryOptions:
             pushes=pushes,
             patience=self.patience,
             proxies=self.proxies,
+            certificate_directories=self.certificate_directories,
         )
 
 
@@ -238,6 +245,7 @@ def usual_options(
         lambda reference: find_credentials(reference, auth_files(environ, authfile)),
         plain_http,
         proxies=getproxies_environment(),
+        certificate_directories=certificate_directories(environ),
     )
 
 

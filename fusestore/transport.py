@@ -25,7 +25,7 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -46,10 +46,12 @@ from urllib3.exceptions import (
     SSLError,
 )
 from urllib3.util import Url, parse_url
+from urllib3.util.ssl_ import create_urllib3_context
 from urllib3.util.ssltransport import SSLTransport
 
+from .certificates import Certificates, find_certificates
 from .credentials import Credentials
-from .errors import AccessDenied, NotFound, RegistryFailed
+from .errors import AccessDenied, BadInput, NotFound, RegistryFailed
 from .reference import Reference, is_loopback
 
 __all__ = ["Patience", "Response", "Transient", "Transport", "Tries", "Upload", "read_some"]
@@ -148,15 +150,19 @@ class Transport:
         plain_http: bool,
         patience: Patience,
         proxies: Mapping[str, str],
+        certificate_directories: Sequence[str] = (),
     ) -> None:
         self._reference = reference
         self._credentials = credentials
+        self._certificate_directories = certificate_directories
         self._plain_http = plain_http
         self._patience = patience
         self.name = reference.registry
         self._proxies = proxies
-        self._pools: dict[str, urllib3.PoolManager] = {}
-        """By the URL of the proxy; "" for none."""
+        self._pools: dict[tuple[str, str], urllib3.PoolManager] = {}
+        """By the URL of the proxy, "" for none, and the host, "" for those without certificates."""
+        self._certificates: dict[str, Certificates | None] = {}
+        """By host."""
         self._lock = threading.Lock()
         """Of the origin and the authorizations."""
         self._origin = ""
@@ -304,17 +310,25 @@ class Transport:
                 if _is_distrust(error):
                     raise RegistryFailed(
                         f"the certificate of {self.name} is not believed: have its authority's installed"
-                        " (update-ca-certificates)"
+                        f" (update-ca-certificates), or in /etc/containers/certs.d/{parts.netloc}"
                     ) from None
                 raise _meaning(error) from None
 
     def _pools_for(self, url: Url) -> urllib3.PoolManager:
-        proxy = self._proxies.get(url.scheme or "", "")
-        if is_loopback(url.host or "") or proxy_bypass_environment(url.netloc, dict(self._proxies)):
+        """Raises BadInput for certificates that cannot be used."""
+        proxy, host = self._proxies.get(url.scheme or "", ""), url.netloc or ""
+        if is_loopback(url.host or "") or proxy_bypass_environment(host, dict(self._proxies)):
             proxy = ""
-        if proxy in self._pools:
-            return self._pools[proxy]
-        return self._pools.setdefault(proxy, _make_pools(proxy, self._patience.stall_s, self._connections))
+        if host not in self._certificates:
+            self._certificates[host] = find_certificates(host, self._certificate_directories)
+        certificates = self._certificates[host]
+        key = proxy, host if certificates else ""
+        if key in self._pools:
+            return self._pools[key]
+        context = _make_context(certificates) if certificates else None
+        return self._pools.setdefault(
+            key, _make_pools(proxy, context, self._patience.stall_s, self._connections)
+        )
 
     def _parsed(self, url: str) -> Url:
         """Raises RegistryFailed where it names no host, or has what parsers disagree on: user, backslash."""
@@ -478,8 +492,29 @@ def _parse_proxy(url: str) -> Url:
     raise RegistryFailed("https_proxy or http_proxy names no proxy: mend or unset it")
 
 
-def _make_pools(proxy: str, stall_s: float, connections: _Connections) -> urllib3.PoolManager:
-    """`proxy`: its URL, or "". `stall_s`: until sending is given up, for which urllib3 has no timeout.
+def _make_context(certificates: Certificates) -> ssl.SSLContext:
+    """Raises BadInput."""
+    context = create_urllib3_context()
+    context.load_default_certs()
+    path = ""
+    try:
+        for path in certificates.authorities:
+            context.load_verify_locations(path)
+        for path, key in certificates.own:
+            context.load_cert_chain(path, key, password="")
+    except OSError as error:  # what ssl raises too
+        reason = f" ({error.strerror})" if not isinstance(error, ssl.SSLError) else ""
+        raise BadInput(
+            f"{path} cannot be used{reason}: put a certificate there in PEM, or remove it"
+        ) from None
+    return context
+
+
+def _make_pools(
+    proxy: str, context: ssl.SSLContext | None, stall_s: float, connections: _Connections
+) -> urllib3.PoolManager:
+    """`proxy`: its URL, or "". `context`: None for what the system believes. `stall_s`: until sending is
+    given up, for which urllib3 has no timeout.
 
     Raises RegistryFailed.
     """
@@ -508,10 +543,10 @@ def _make_pools(proxy: str, stall_s: float, connections: _Connections) -> urllib
         user = _parse_proxy(proxy).auth
         headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
         pools: urllib3.PoolManager = urllib3.ProxyManager(
-            proxy, maxsize=_CONNECTIONS, retries=False, proxy_headers=headers
+            proxy, maxsize=_CONNECTIONS, retries=False, proxy_headers=headers, ssl_context=context
         )
     else:
-        pools = urllib3.PoolManager(maxsize=_CONNECTIONS, retries=False)
+        pools = urllib3.PoolManager(maxsize=_CONNECTIONS, retries=False, ssl_context=context)
     pools.pool_classes_by_scheme = {"http": PlainPool, "https": TLSPool}
     return pools
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import subprocess
 import urllib.request
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from rig.images import Images
 from rig.mounts import Mount, Place, wait_until
-from rig.people import Person
+from rig.people import Person, Result
 from rig.registries import (
     PASSWORD,
     USER,
@@ -181,6 +182,32 @@ def test_a_registry_with_tls(place: Place, area: Path) -> None:
         result = place.person.run("fusestore", "pull", image, "--plain-http", env=env)
         assert result.code == 1
         _fails(result.err, "answers 400")
+
+
+def test_certificates_are_where_podman_has_them(place: Place, area: Path) -> None:
+    """Of a registry that wants to see one, too."""
+    base = area / f"certificates-{place.person.name}"
+    with docker_registry(base, has_tls=True, wants_certificate=True) as running:
+        image = f"{running.name}/app"
+        place.fusestore("import", _tiny(place, "certificates")).ok()
+        directory = place.base / ".config/containers/certs.d" / running.name
+        directory.mkdir(parents=True)
+        env = {**place.environment, "HOME": str(place.base)}
+
+        def push() -> Result:
+            return place.person.run("fusestore", "push", "app", image, env=env)
+
+        _fails(push().err, f"or in /etc/containers/certs.d/{running.name}")
+        shutil.copy(base / "certificate", directory / "ca.crt")
+        assert push().code == 1
+        shutil.copy(base / "certificate", directory / "client.cert")
+        _fails(push().err, f"{directory} has only one of client.cert and client.key: add the other")
+        shutil.copyfile(base / "key", directory / "client.key")
+        push().ok()
+        place.person.run("fusestore", "pull", image, env=env).ok()
+        assert json.loads(skopeo("inspect", "--cert-dir", str(directory), f"docker://{image}"))
+        (directory / "ca.crt").write_text("none")
+        _fails(push().err, f"{directory}/ca.crt cannot be used: put a certificate there in PEM, or remove it")
 
 
 # Several platforms

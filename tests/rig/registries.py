@@ -74,13 +74,15 @@ def skopeo(*arguments: str) -> str:
 
 @contextmanager
 def docker_registry(
-    base: Path, *, wants_password: bool = False, has_tls: bool = False
+    base: Path, *, wants_password: bool = False, has_tls: bool = False, wants_certificate: bool = False
 ) -> Iterator[DockerRegistry]:
-    """One on a free port, empty at first. `has_tls`: with a certificate of its own, `base`/certificate."""
+    """One on a free port, empty at first. `has_tls`: with a certificate of its own, `base`/certificate.
+    `wants_certificate`: then others have to show it too."""
     base.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    tls = f", tls: {{certificate: {base}/certificate, key: {base}/key}}" if has_tls else ""
+    clients = f", clientcas: ['{base}/certificate']" if wants_certificate else ""
+    tls = f", tls: {{certificate: {base}/certificate, key: {base}/key{clients}}}" if has_tls else ""
     config = (
         "version: 0.1\nlog: {level: warn}\n"
         f"storage: {{filesystem: {{rootdirectory: {base}/data}}}}\nhttp: {{addr: '127.0.0.1:{port}'{tls}}}\n"
