@@ -133,15 +133,56 @@ def test_an_absolute_link_out_of_the_rootfs_is_only_text(fresh: Mount) -> None:
     assert fresh.sh(f"readlink {rootfs}/shadow").ok() == "/etc/shadow\n"
 
 
+OVERLAY = {
+    "opaque": b"y", "redirect": b"/other", "metacopy": b"", "whiteout": b"y", "xwhiteouts": b"y",
+    "impure": b"y", "origin": b"\0\xfb\x15", "nlink": b"U+1", "uuid": b"\1" * 16, "overlay.opaque": b"y",
+}  # fmt: skip
+"""What overlayfs reads in an upper directory (fs/overlayfs/overlayfs.h)."""
+
+
+def _smuggled() -> bytes:
+    return pax(
+        (b"SCHILY.xattr.user.k", b"v"),
+        *(
+            (f"SCHILY.xattr.{prefix}.overlay.{name}".encode(), value)
+            for prefix in ("trusted", "user")
+            for name, value in OVERLAY.items()
+        ),
+    )
+
+
 def test_overlayfs_xattrs_in_a_layer_do_not_act(fresh: Mount) -> None:
-    smuggled = pax((b"SCHILY.xattr.trusted.overlay.opaque", b"y"), (b"SCHILY.xattr.user.k", b"v"))
-    rootfs = _show(fresh, smuggled + header(b"d/", type=DIRECTORY) + member(b"d/f") + END)
-    assert fresh.sh(f"getfattr -dm - {rootfs}/d 2>&1; ls {rootfs}/d").ok().split("\n")[1:] == [
-        'user.k="v"',
-        "",
-        "f",
-        "",
-    ]
+    """Nor are they shown; nor do they when what has them was changed, and the container is mounted anew."""
+    lower = header(b"d/", type=DIRECTORY) + member(b"d/f", b"below") + member(b"g", b"below")
+    lower += header(b"other/", type=DIRECTORY) + member(b"other/secret", b"x") + END
+    upper = _smuggled() + header(b"d/", type=DIRECTORY) + member(b"d/new")
+    upper += _smuggled() + member(b"g", b"above") + _smuggled() + member(b"d/empty") + END
+    source = SourceMaker()
+    source.add(source.image([lower, upper]), "hostile")
+    fresh.fusestore("import", source.directory(fresh.base / "hostile") + ":hostile", "--name", "hostile").ok()
+    fresh.fusestore("create", "hostile", "hostile").ok()
+    show = "cd containers/hostile/rootfs; getfattr -dm - d g d/empty | grep =; ls d; cat g d/f"
+    shown = 'user.k="v"\n' * 3 + "empty\nf\nnew\nabovebelow"
+    assert fresh.sh(show).ok() == shown
+    fresh.sh("cd containers/hostile/rootfs; chmod 700 d; chmod 600 g d/empty").ok()
+    assert fresh.sh(show).ok() == shown
+    fresh.umount()
+    fresh.mount()
+    assert fresh.sh(show).ok() == shown
+
+
+def test_overlayfs_xattrs_that_are_set_in_a_container_do_not_act(fresh: Mount) -> None:
+    """They are kept in an upper of their own kind, as overlayfs escapes them, or refused."""
+    rootfs = _show(fresh, header(b"d/", type=DIRECTORY) + member(b"d/f") + member(b"g", b"text") + END)
+    prefixes = ("trusted", "user") if fresh.person.own_uid == 0 and fresh.person.holder is None else ("user",)
+    for prefix in prefixes:
+        for name in ("opaque", "redirect", "metacopy", "whiteout"):
+            for path in ("d", "g"):
+                fresh.sh(f"setfattr -n {prefix}.overlay.{name} -v y {rootfs}/{path}")
+    fresh.umount()
+    fresh.mount()
+    assert fresh.sh(f"ls {rootfs}/d; cat {rootfs}/g").ok() == "f\ntext"
+    assert fresh.fusestore("check").ok() == ""
 
 
 def test_a_thousand_directories_deep(fresh: Mount) -> None:
