@@ -24,7 +24,7 @@ import msgpack
 from rig.fuzzing import drive, own_directory
 from rig.ocisources import SourceMaker, docker_archive, tar_of
 
-from fusestore import metadata, oci, store
+from fusestore import metadata, oci
 from fusestore.containers import Containers
 from fusestore.durable import Workspace, read_intent
 from fusestore.errors import BadInput, FusestoreError, StoreDamaged, StoreUnusable
@@ -32,6 +32,7 @@ from fusestore.images import Images
 from fusestore.layout import Layout, run_layout
 from fusestore.mounts import Changed
 from fusestore.sources import open_source
+from fusestore.storedir import require_store
 
 PLACE = own_directory()
 LAYOUT = Layout(str(PLACE / "store"))
@@ -123,7 +124,7 @@ def as_format(data: bytes) -> None:
     layout = Layout(str(PLACE / "other"))
     os.makedirs(layout.tmp, exist_ok=True)
     Path(layout.format_file).write_bytes(data)
-    store._require_store(layout, create=False)
+    require_store(layout, create=False)
 
 
 def as_archive(data: bytes) -> None:
