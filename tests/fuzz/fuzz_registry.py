@@ -32,7 +32,7 @@ from fusestore.errors import BadInput, FusestoreError
 from fusestore.nodes import Digest
 from fusestore.oci import DOCUMENT_MAX
 from fusestore.reference import parse_reference
-from fusestore.registry import Registry
+from fusestore.registry import Registry, RegistryOptions
 from fusestore.transport import Patience, Upload
 
 PLACE = own_directory()
@@ -110,17 +110,11 @@ def _ask(registry: Registry, question: int) -> None:
             registry.put_manifest(b"{}", "application/vnd.oci.image.manifest.v1+json")
 
 
-def _registry(credentials: Credentials | None, pushes: bool) -> Registry:
-    return Registry(
-        parse_reference("r.example/some/app:1"),
-        credentials=credentials, plain_http=True, pushes=pushes, patience=QUICK, proxies={},
-    )  # fmt: skip
-
-
 def _talk(answers: list[bytes], question: int, credentials: Credentials | None) -> None:
     global network
     network = Network(answers)
-    registry = _registry(credentials, pushes=question >= 6)
+    options = RegistryOptions(lambda reference: credentials, plain_http=True, patience=QUICK)
+    registry = options.open(parse_reference("r.example/some/app:1"), pushes=question >= 6)
     try:
         _ask(registry, question)
     except FusestoreError as error:
