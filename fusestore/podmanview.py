@@ -29,7 +29,7 @@ import re
 import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from . import errors
@@ -129,8 +129,6 @@ class _Contents:
             _OVERLAY: {"l": None, **self.layers},
             _LINKS: self.links,
         }  # fmt: skip
-        state = [*catalog.names.items(), *((image.id, image.manifest) for image in self.images.values())]
-        self.generation = hashlib.sha256(repr(state).encode()).hexdigest().encode()
 
     def names(self, directory: str) -> Collection[str]:
         """Of what is in a directory. Raises Stale where that is gone."""
@@ -152,6 +150,15 @@ class _Contents:
                 parent = ids[number - 1] if number else ""
                 self.layers[layer_id] = _LayerEntry(image, number, links[number], lower, parent)
                 self.links[links[number]] = layer_id
+
+
+class _Documents(NamedTuple):
+    contents: _Contents
+    """What they are made of."""
+    images: bytes
+    layers: bytes
+    is_final: bool
+    """Not, as long as the size of a layer is not known: of a lazy one, or one without an index."""
 
 
 def _link_name(layer_id: str) -> str:
@@ -226,8 +233,7 @@ class PodmanView(Branch):
         self._trees: WeakValueDictionary[str, RootfsBranch] = WeakValueDictionary()
         """By layer id."""
         self._latest: _Contents | None = None
-        self._documents: tuple[_Contents | None, bytes, bytes] = (None, b"", b"")
-        """images.json and layers.json, and what they were made of."""
+        self._documents: _Documents | None = None
         self.root = _Dir(self, inodes.number(), "")
         self._nodes[""] = self.root
 
@@ -252,9 +258,7 @@ class PodmanView(Branch):
         parent, name = directory.path, path.rpartition("/")[2]
         if not parent or (parent in (_IMAGES, _OVERLAY) and "." not in name):
             return self._node(path, lambda ino: _Dir(self, ino, path))
-        if name.endswith(".lock"):
-            return self._file(directory, path, contents.generation)
-        if name.endswith(".json"):
+        if name.endswith((".lock", ".json")):
             return self._document(contents, directory, path)
         if parent == _LINKS:
             target = f"../{contents.links[name]}/{_DIFF}".encode()
@@ -282,11 +286,14 @@ class PodmanView(Branch):
         return known
 
     def _document(self, contents: _Contents, directory: _Dir, path: str) -> Steps[Node]:
-        if self._documents[0] is not contents:
-            made = yield lambda: self._make_documents(contents)
-            self._documents = (contents, *made)
-        _, images, layers = self._documents
-        return self._file(directory, path, images if directory.path == _IMAGES else layers)
+        found = self._documents
+        if found is None or found.contents is not contents or not found.is_final:
+            found = self._documents = yield lambda: self._make_documents(contents)
+        if path.endswith(".lock"):
+            return self._file(
+                directory, path, hashlib.sha256(found.images + found.layers).hexdigest().encode()
+            )
+        return self._file(directory, path, found.images if directory.path == _IMAGES else found.layers)
 
     def _big_data(self, image: Image, directory: _Dir, path: str) -> Steps[Node]:
         is_config = path.endswith(_big_data_names(image)[-1])
@@ -362,7 +369,7 @@ class PodmanView(Branch):
 
     # Documents. In a worker thread: they only read the store
 
-    def _make_documents(self, contents: _Contents) -> tuple[bytes, bytes]:
+    def _make_documents(self, contents: _Contents) -> _Documents:
         names: dict[str, list[str]] = {}
         for name, image_id in podman_names(contents.catalog.names).items():
             names.setdefault(image_id, []).append(name)
@@ -372,8 +379,11 @@ class PodmanView(Branch):
                 images.append(self._image_document(image, names.get(image.id, [])))
             except FileNotFoundError as error:
                 _log.warning("views/podman has no image %s: %s is missing", image.id, error.filename)
-        layers = [self._layer_document(*item) for item in contents.layers.items()]
-        return json.dumps(images).encode(), json.dumps(layers).encode()
+        sizes = {layer.ref: self._store.layer_tar_size(layer.ref) for layer in contents.layers.values()}
+        layers = [self._layer_document(*item, sizes[item[1].ref]) for item in contents.layers.items()]
+        return _Documents(
+            contents, json.dumps(images).encode(), json.dumps(layers).encode(), -1 not in sizes.values()
+        )
 
     def _image_document(self, image: Image, names: list[str]) -> dict[str, Any]:
         blobs = {"manifest": image.manifest, f"manifest-{image.manifest}": image.manifest,
@@ -392,7 +402,7 @@ class PodmanView(Branch):
             "big-data-digests": blobs,
         }
 
-    def _layer_document(self, layer_id: str, layer: _LayerEntry) -> dict[str, Any]:
+    def _layer_document(self, layer_id: str, layer: _LayerEntry, tar_size: int) -> dict[str, Any]:
         ref = layer.ref
         compression = 0 if not ref.is_compressed else 4 if ref.media_type.endswith("zstd") else 2
         return {
@@ -402,7 +412,8 @@ class PodmanView(Branch):
             "compressed-diff-digest": ref.blob,
             "compressed-size": ref.size,
             "diff-digest": ref.diff_id,
-            "diff-size": self._store.layer_tar_size(ref),
+            # podman lists no image at all where it does not know the size of a layer.
+            "diff-size": ref.size if tar_size < 0 else tar_size,
             "compression": compression,
         }
 

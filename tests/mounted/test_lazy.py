@@ -18,6 +18,7 @@ import pytest
 from rig.images import Images
 from rig.mounts import Mount, Place, wait_until
 from rig.people import Person
+from rig.podman import podman_of
 from rig.registries import (
     BLOBS,
     PASSWORD,
@@ -535,6 +536,43 @@ def test_what_needs_all_of_it_fetches_it(
         assert size == int(mount.sh("wc -c < images/default/layers/0/$1", how).ok())
     assert not _is_lazy(mount)
     assert mount.fusestore("check").ok() == ""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("person", ["root"], indirect=True, scope="session")
+def test_podman_runs_a_lazy_image(
+    mount: Mount, registry: DockerRegistry, proxy: Proxy, tmp_path: Path
+) -> None:
+    """What it reads is fetched. Saving wants to know first how long its tar is: that fetches the layer, and
+    fails this once."""
+    busybox = tarfile.TarInfo("bin/busybox")
+    busybox.mode = 0o755
+    content = Path("/bin/busybox").read_bytes()
+    busybox.size = len(content)
+    stargz = make_stargz([*_members(), (busybox, content)])
+    name = _fill(registry, proxy, [stargz], tmp_path)
+    mount.expect(_MISSING)
+    hold_back(proxy)
+    mount.fusestore("pull", "--lazy", name).ok()
+    mount.mount()
+    with podman_of(mount.person, mount.mountpoint / "views/podman") as podman:
+        shown = podman("images", "--no-trunc", "--format", "{{.ID}}", name).ok().split()
+        assert shown[0] == "sha256:" + mount.sh("readlink images/default").ok().strip()
+        command = "busybox cat last; echo more >> last"
+        assert podman.run("--name", "job", name, "/bin/busybox", "sh", "-c", command).ok() == "last\n"
+        assert "C /last" in podman("diff", "job").ok().splitlines()
+        assert _is_lazy(mount)
+        proxy.faults.clear()
+        archive = podman.base / "saved.tar"
+        save = ("save", "--quiet", "--format", "docker-archive", "--output", archive, name)
+        assert podman(*save).code
+        assert not _is_lazy(mount)
+        podman(*save).ok()
+        with tarfile.open(archive) as tar:
+            (manifest,) = json.load(tar.extractfile("manifest.json"))  # type: ignore[arg-type]
+            (layer,) = manifest["Layers"]
+            digest = hashlib.file_digest(tar.extractfile(layer), "sha256").hexdigest()  # type: ignore[arg-type]
+    assert f"sha256:{digest}" == stargz.diff_id
 
 
 def test_looking_at_an_image_does_not_wait_for_it(

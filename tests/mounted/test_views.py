@@ -149,6 +149,35 @@ def test_podman_saves_an_image_with_the_digests_it_has(mounted: Mount, podman: P
 
 
 @as_root
+def test_a_tag_of_podmans_is_podmans(mounted: Mount, podman: Podman) -> None:
+    """It names the image that is here, of which nothing is copied."""
+    podman("tag", "busybox", "localhost/mine:1").ok()
+    assert podman.run("--rm", "localhost/mine:1", "echo", "hello").ok() == "hello\n"
+    assert podman.stored() < 1 << 20
+    assert "mine" not in mounted.sh("ls images/localhost 2>&1").out
+
+
+@as_root
+def test_buildah_builds_on_an_image(podman: Podman) -> None:
+    """buildah wants what podman wants, as all of containers/storage."""
+    command = [
+        "buildah",
+        *podman.command[1:3],
+        *podman.command[3:5],
+        *podman.command[5:7],
+        *podman.command[-2:],
+    ]
+
+    def buildah(*arguments: str) -> str:
+        return podman.person.run(*command, *arguments, env=podman.environment).ok().strip()
+
+    made = buildah("from", "--pull-never", "busybox")
+    buildah("config", "--cmd", "echo built", made)
+    buildah("commit", "--quiet", made, "localhost/built")
+    assert podman.run("--rm", "localhost/built").ok() == "built\n"
+
+
+@as_root
 def test_podman_cannot_remove_an_image(podman: Podman) -> None:
     assert "cannot remove read-only image" in podman("rmi", "busybox").err
 

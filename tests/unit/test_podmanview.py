@@ -83,6 +83,24 @@ def test_an_image_that_lost_its_manifest_does_not_hide_the_others(
     assert other.id in caplog.text
 
 
+def test_a_size_that_is_not_known_yet_is_told_when_it_is(shell: TreeShell, store: Store) -> None:
+    """podman lists no image where it is told none, and reads it anew where the lock file changes."""
+
+    def shown() -> tuple[list[int], bytes]:
+        layers = json.loads(shell.read("views/podman/overlay-layers/layers.json"))
+        return [layer["diff-size"] for layer in layers], shell.read("views/podman/overlay-layers/layers.lock")
+
+    low = store.image("app").layers[0]
+    index = Path(store.path, "layers", low.diff_id.removeprefix("sha256:"), "index")
+    data = index.read_bytes()
+    index.unlink()
+    (size, upper_size), lock = shown()
+    assert size == low.size
+    index.write_bytes(data)
+    assert shown()[0] == [store.layer_tar_size(low), upper_size]
+    assert shown()[1] != lock
+
+
 def test_big_data_is_what_the_record_says(shell: TreeShell, store: Store) -> None:
     image = store.image("app")
     (shown,) = json.loads(shell.read("views/podman/overlay-images/images.json"))
