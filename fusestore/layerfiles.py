@@ -205,12 +205,16 @@ class LayerFiles:
         del dropped
 
     def reopen(self) -> None:
-        """Has open layers read the blobs that are there now: an import replaces damaged ones."""
+        """Has open layers read the blobs that are there now: an import replaces damaged ones. Those that were
+        deleted are not kept open; who refers to them still can use them."""
         with self._lock:
             layers = list(self._open.values())
         for layer in layers:
-            with contextlib.suppress(StoreDamaged):  # deleted: who has it open keeps it
+            try:
                 layer.reader.reopen()
+            except StoreDamaged:
+                if not self.is_lazy(layer.ref):
+                    self.drop([layer.ref.diff_id])
 
     def give_back(self) -> None:
         """Have the kernel drop what it caches of the files of open layers."""

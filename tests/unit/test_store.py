@@ -322,3 +322,19 @@ def test_what_nobody_meant_is_not_done(tmp_path: Path, intent: str) -> None:
         assert check(store) == []
     assert os.listdir(tmp_path / "store/tmp") == []
     assert (tmp_path / "outside").is_dir() and (tmp_path / "store/images").is_dir()
+
+
+def test_what_another_deleted_is_not_kept_open(store: Store, tmp_path: Path, two: str) -> None:
+    """Else it takes space until so many other layers are opened, or the mount ends."""
+    for layer in store.open_layers(store.import_image(two, ["two"])):
+        layer.reader.read(0, 100)
+    del layer
+    with open_at(tmp_path) as other:
+        other.untag("two")
+        other.delete_image(other.images()[0].id)
+    store.reopen_layers()
+    open_files = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            open_files.append(os.readlink(fd))
+    assert [path for path in open_files if path.endswith("(deleted)") and str(tmp_path) in path] == []
