@@ -131,10 +131,10 @@ class Mount(Place):
         word = os.fsencode(self.mountpoint)
         return [pid for pid, words in _command_lines() if b"mount" in words and word in words]
 
-    def descriptors(self) -> int:
-        """How many its daemon has open."""
+    def descriptors(self) -> list[str]:
+        """What its daemon has open."""
         (pid,) = self.pids()
-        return len(os.listdir(f"/proc/{pid}/fd"))
+        return [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
 
     def is_mounted(self) -> bool:
         return self._device() is not None
