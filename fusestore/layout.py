@@ -105,7 +105,7 @@ compared, it becomes the blob.
 index.json a copy; of the xattr user.fusestore.stat of a container's file its value, as
 <path>.user.fusestore.stat. ``reasons`` beside it has the lines that `check --repair` printed.
 
-**mounts/<unique>**: JSON: ``mountpoint``, ``pid``, ``driver``.
+**mounts/<unique>**: JSON: ``mountpoint``, ``pid``, ``driver``, ``device`` (MAJOR:MINOR, or null).
 
 Refused by a reader, in these words (StoreUnusable)::
 

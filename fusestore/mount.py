@@ -174,7 +174,7 @@ def run(
         device = _init(filesystem, store.path, mountpoint, options)
         stack.callback(_close, device, departure)
         departure.device = device_at(mountpoint)
-        record = store.record_mount(mountpoint, os.getpid(), chosen)
+        record = store.record_mount(mountpoint, os.getpid(), chosen, departure.device)
         stack.callback(record.close)
         _require_alone(store, record)
         watch = stack.enter_context(Watch(filesystem.meter, tree, store))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from .errors import AccessDenied, Busy, FusestoreError, NotADirectory, NotFound, NotPermitted
 from .layout import Layout, run_layout
-from .mounts import BY_KERNEL
+from .mounts import BY_KERNEL, Mounts
 from .store import Store
 from .syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_POSIXACL, mount, syncfs, umount2
 
@@ -63,6 +63,9 @@ def check_mountpoint(mountpoint: str, *, store: str, run_dir: str) -> None:
 
     Takes away a dead mount that is in the way.
     """
+    with suppress(FileNotFoundError):  # no store yet
+        # One whose process is stuck would keep whoever looks at it.
+        Mounts(run_layout(run_dir, os.fsencode(os.path.realpath(store)))).live()
     if not _is_usable(mountpoint) and not _clear_dead(mountpoint):
         raise Busy(f"{mountpoint} is a dead mount, not of fusestore: fusermount3 -uz {mountpoint}")
     real = os.path.realpath(mountpoint)

@@ -11,6 +11,11 @@ kernel has mounted for it; so whoever wants it idle rings before (`IDLE`), at th
 and with more patience. At the bell a mount is also asked how it does; who may is a matter of the run
 directory's modes.
 
+A daemon that is killed while its kernel is made to forget may not end: a thread of it waits in the kernel for
+a request that only the daemon could answer, and keeps the connection open by which that would be aborted.
+Whoever looks for live mounts, or waits for one in vain, aborts it; then all in it fails with ENOTCONN, as
+when any other daemon dies.
+
 The rule a maintainer must not break: a mount that waits at a bell answers its own, whatever its kernel does.
 A request that rings keeps locks in the kernel until it is answered, and to forget the kernel may need those.
 """
@@ -57,6 +62,7 @@ _ANSWER_MAX = 1 << 17
 """Bytes; what a socket takes at once."""
 
 _RECORD_MAX = 1 << 16
+_CONNECTIONS = "/sys/fs/fuse/connections"
 _PATIENCE_S = 5.0
 """How long a mount may take to answer. To have its kernel forget it may have to wait for a request that waits
 for the store's lock, behind many others."""
@@ -98,6 +104,7 @@ class MountRecord:
         pid: int,
         driver: str,
         path: str,
+        *,
         fd: int = -1,
         bell: socket.socket | None = None,
         ringing: Collection[object] = (),
@@ -148,9 +155,13 @@ class Mounts:
         self._late: set[str] = set()
         """Bells that were not answered in time. Changed as `_ringing`."""
 
-    def record(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
-        """The lock is of the open file: processes forked from this one share it."""
-        data = json.dumps({"mountpoint": mountpoint, "pid": pid, "driver": driver}).encode()
+    def record(self, mountpoint: str, pid: int, driver: str, device: str | None = None) -> MountRecord:
+        """`device` is the mount's, MAJOR:MINOR, where it can be said.
+
+        The lock is of the open file: processes forked from this one share it.
+        """
+        fields = {"mountpoint": mountpoint, "pid": pid, "driver": driver, "device": device}
+        data = json.dumps(fields).encode()
         if len(data) > _RECORD_MAX:
             raise StoreUnusable(
                 f"the path of the mount point is too long: choose a shorter one than {mountpoint[:80]}…"
@@ -168,7 +179,7 @@ class Mounts:
             on_error.callback(bell.close)
             os.rename(temp, path)
             on_error.pop_all()
-        return MountRecord(mountpoint, pid, driver, path, fd, bell, self._ringing)
+        return MountRecord(mountpoint, pid, driver, path, fd=fd, bell=bell, ringing=self._ringing)
 
     def _hang_bell(self, name: str) -> socket.socket:
         bell = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -217,6 +228,7 @@ class Mounts:
             pass  # its daemon has gone
         except (TimeoutError, BlockingIOError):  # stopped; or too many wait already
             self._late.add(name)
+            self.live()
             _log.warning("a mount of this store does not answer: it may show %s for a while", changed.name)
 
     def _patience_s(self, name: str, changed: Changed) -> float:
@@ -255,7 +267,8 @@ class Mounts:
             return connection.recv(answer_max)
 
     def live(self) -> list[MountRecord]:
-        """Newest last. Removes the files of those that ended without closing theirs."""
+        """Newest last. Removes the files of those that ended without closing theirs, and helps those to end
+        that cannot."""
         found = []
         for name in os.listdir(self._run.mounts):
             if name.endswith(BELL_SUFFIX):
@@ -271,6 +284,9 @@ class Mounts:
                 if not name.startswith(UNFINISHED_MOUNT):
                     record = json.loads(os.pread(fd, _RECORD_MAX, 0))
                     started_ns = os.fstat(fd).st_mtime_ns
+                    if _is_stuck(record["pid"]):
+                        _abort(record.get("device"), record["mountpoint"])
+                        continue
                     entry = MountRecord(record["mountpoint"], record["pid"], record["driver"], path)
                     found.append((started_ns, name, entry))
             else:
@@ -280,6 +296,30 @@ class Mounts:
             finally:
                 os.close(fd)
         return [entry for _, _, entry in sorted(found)]
+
+
+def _is_stuck(pid: int) -> bool:
+    """Whether that process was killed, but has a thread that does not end."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state = file.read().rpartition(b") ")[2][:1]
+        return state == b"Z" and len(os.listdir(f"/proc/{pid}/task")) > 1
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _abort(device: str | None, mountpoint: str) -> None:
+    """Has the kernel fail every request to a mount (fuse.rst, "Control filesystem")."""
+    path = f"{_CONNECTIONS}/{(device or '').partition(':')[2]}/abort"
+    try:
+        with open(path, "wb") as file:
+            file.write(b"1")
+    except OSError as error:
+        _log.warning(
+            "%s hangs, for its process was killed and does not end; %s: %s. "
+            "As root, mount -t fusectl none %s, then try again",
+            *(mountpoint, path, error.strerror, _CONNECTIONS),
+        )
 
 
 def _remove(path: str) -> None:

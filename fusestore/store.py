@@ -668,9 +668,10 @@ class Store:
 
     # Mounts, rubbish
 
-    def record_mount(self, mountpoint: str, pid: int, driver: str) -> MountRecord:
-        """Makes a mount known to `mounts`, until the record is closed or the process ends."""
-        return self._mounts.record(mountpoint, pid, driver)
+    def record_mount(self, mountpoint: str, pid: int, driver: str, device: str | None = None) -> MountRecord:
+        """Makes a mount known to `mounts`, until the record is closed or the process ends. `device` is
+        MAJOR:MINOR."""
+        return self._mounts.record(mountpoint, pid, driver, device)
 
     def mounts(self) -> list[MountRecord]:
         """The live mounts of this store."""
