@@ -152,7 +152,8 @@ def _difference(box: Box | None, seen: Box | None) -> str:
     for what in ("number", "name", "is_started"):
         if getattr(box, what) != getattr(seen, what):
             return f"{what} is {getattr(seen, what)!r}, not {getattr(box, what)!r}"
-    for path in sorted(box.tree.keys() | seen.tree.keys()):
+    # Elsewhere than in OWN what is not known is as in the image.
+    for path in sorted(box.tree.keys() | {path for path in seen.tree if path.startswith(OWN)}):
         spec, found = box.tree.get(path, GONE), seen.tree.get(path, GONE)
         if spec[0] == "file" and found[0] == "file":
             wanted = content(spec[2], spec[3])
