@@ -202,10 +202,19 @@ class ContainerDir(Node):
             *(new if new is not None else old for old, new in zip(known, found, strict=True))
         )
 
-    def renamed(self, new_id: str) -> None:
-        """The store renamed the container; nothing is attached."""
+    def renamed(self, new_id: str, rundir: str | None) -> None:
+        """The store renamed the container; nobody uses it. `rundir` is where that is now, if anywhere."""
         self.id = new_id
-        self._rundir = None
+        self._rundir = rundir
+        places = {b"rootfs": new_id, b"workdir": self.around.layout.workdir(new_id), b"rundir": rundir}
+        for name, part in list(self._parts.items()):
+            place = places[name]
+            if place is None:
+                del self._parts[name]
+                part.detach()
+            else:
+                # The kernel goes on knowing all that is in it: mkdir(2) does not try again after ESTALE.
+                part.moved_to(place)
         self._version = None
         self._document = None  # it says the id
 
@@ -387,13 +396,23 @@ class ContainerDir(Node):
 
     def detach(self) -> None:
         """Let go of everything on disk. Known nodes of the parts answer Stale; lookups make them anew."""
+        self.detach_doorway()
         parts, self._parts = self._parts, {}
-        rootfs = parts.get(b"rootfs")
+        for part in parts.values():
+            part.detach()
+
+    def detach_doorway(self) -> None:
+        rootfs = self._parts.get(b"rootfs")
         if rootfs is not None and rootfs.is_doorway:
             # The kernel goes on knowing the name by this number: nothing below it is known.
             self._former_doorway = rootfs.root
-        for part in parts.values():
-            part.detach()
+            del self._parts[b"rootfs"]
+            rootfs.detach()
+
+    @property
+    def has_rundir(self) -> bool:
+        """It was made, and asked for."""
+        return self._rundir is not None
 
     @property
     def has_state(self) -> bool:

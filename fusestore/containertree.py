@@ -437,16 +437,24 @@ class ContainerTree(FixedBranch):
     def _rename_container(self, container: ContainerDir, new_id: str) -> Steps[None]:
         yield from container.leave()
         container.require_idle("rename")
-        container.detach()
+        container.detach_doorway()
         old_id = container.id
+        has_rundir = container.has_rundir
+
+        def rename() -> str | None:
+            self._store.rename_container(old_id, new_id)
+            with contextlib.suppress(OSError):
+                return os.fspath(self._store.run_dir(new_id)) if has_rundir else None
+            return None
+
         container.is_leaving = True
         try:
-            yield lambda: self._store.rename_container(old_id, new_id)
+            rundir = yield rename
         finally:
             container.is_leaving = False
         # The kernel moves its name along with this node.
         self._dirs.pop(old_id, None)
-        container.renamed(new_id)
+        container.renamed(new_id, rundir)
         self._dirs[new_id] = container
         if self._kept.pop(old_id, None) is not None:
             self._kept[new_id] = container

@@ -264,6 +264,9 @@ class _ImageOpener:
     def hold(self) -> Closable:
         return _NothingHeld()
 
+    def moved_to(self, place: str) -> None:
+        raise AssertionError("images stay where they are")
+
 
 class _DirectoryOpener:
     """A directory, as it is, in the upper's way of keeping owners."""
@@ -294,6 +297,9 @@ class _DirectoryOpener:
 
     def hold(self) -> Closable:
         return _NothingHeld()
+
+    def moved_to(self, place: str) -> None:
+        self._path = place
 
 
 class _ContainerOpener:
@@ -378,6 +384,9 @@ class _ContainerOpener:
 
     def hold(self) -> Closable:
         return self._store.hold(self._id)
+
+    def moved_to(self, place: str) -> None:
+        self._id = place
 
 
 def _root_attr(lower: Lower) -> Attr:

@@ -63,6 +63,9 @@ class Opener(Protocol):
     def hold(self) -> Closable:
         """Keep the container from being deleted while something is open in it. Quick. Raises Locked."""
 
+    def moved_to(self, place: str) -> None:
+        """What is opened next is there: the container's new id, or the path of a directory of its own."""
+
 
 _NO_OBJECTS: WeakValueDictionary[Ref | int, Object] = WeakValueDictionary()
 _NONE_MOVED: dict[bytes, Object] = {}
@@ -220,6 +223,10 @@ class Rootfs(Branch):
     def in_use(self) -> bool:
         """Whether a file or directory is open in it."""
         return self._uses > 0
+
+    def moved_to(self, place: str) -> None:
+        """The container was renamed while nobody used it: what is open lies where it lay."""
+        self._opener.moved_to(place)
 
     def detach(self) -> None:
         """Give up all descriptors. What the kernel still knows of the tree answers ESTALE.

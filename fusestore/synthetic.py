@@ -113,6 +113,11 @@ class RootfsBranch(Protocol):
         """Give back at once what is held only until the next request."""
         ...
 
+    def moved_to(self, place: str) -> None:
+        """The container has another id, which `place` is, or for workdir and rundir their path. Not of a
+        doorway."""
+        ...
+
     def detach(self) -> None:
         """Give up all descriptors. Its nodes answer Stale from now on. Idempotent."""
         ...

@@ -161,6 +161,21 @@ def test_mv_renames_a_container(mounted: Mount) -> None:
     mounted.sh("rmdir containers/$1", new).ok()
 
 
+def test_what_the_kernel_knew_of_a_container_goes_with_its_new_id(mounted: Mount) -> None:
+    """What makes something is not tried again, as what opens is, where the kernel is told ESTALE."""
+    old, new = mounted.new_id(), mounted.new_id()
+    known = """
+        cd containers
+        mkdir $1 && mkdir $1/rootfs/d $1/workdir/d $1/rundir/d && touch $1/{rootfs,workdir,rundir}/d/file
+        ls -l $1/*/d > /dev/null && mv $1 $2 || exit 1
+        for part in rootfs workdir rundir; do
+            (cd $2/$part/d && mkdir a && ln -s x b && mkfifo c && ln file e && mv file f && echo g > g) || exit 2
+        done
+        ls $2/*/d | grep -c '[a-g]$'; cd /; rmdir $OLDPWD/$2
+    """
+    assert mounted.sh(known, old, new).ok() == "18\n"
+
+
 def test_mv_to_a_taken_id_is_refused(mounted: Mount, container: str) -> None:
     other = mounted.new_id()
     mounted.sh("mkdir containers/$1", other).ok()

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,21 +20,26 @@ def limited(unmounted: Mount) -> Mount:
     """A mount whose daemon may have so many descriptors."""
     script = f"ulimit -Sn 100 && ulimit -Hn {LIMIT} && exec fusestore mount $0"
     unmounted.person.run("bash", "-c", script, unmounted.mountpoint, env=unmounted.environment).ok()
-    unmounted.sh("mkdir containers/a containers/b").ok()
+    unmounted.sh("mkdir containers/a containers/b containers/c; mkdir containers/a/rootfs/d").ok()
     return unmounted
 
 
-def _open_until_refused(rootfs: Path) -> tuple[int, str, bool, bool]:
-    """How many files could be opened, what the next one said, whether they work and, closed, others do."""
+def _open_until_refused(rootfs: Path) -> tuple[list[int], str]:
+    """As many files as can be opened, and what the next one says."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * LIMIT + 100, hard), hard))
     files: list[int] = []
-    refused = ""
-    while not refused and len(files) < 2 * LIMIT:
+    while len(files) < 2 * LIMIT:
         try:
             files.append(os.open(rootfs / f"f{len(files)}", os.O_RDWR | os.O_CREAT))
         except OSError as error:
-            refused = errno.errorcode[error.errno or 0]
+            return files, errno.errorcode[error.errno or 0]
+    return files, ""
+
+
+def _use_all(rootfs: Path) -> tuple[int, str, bool, bool]:
+    """How many files could be opened, what the next one said, whether they work and, closed, others do."""
+    files, refused = _open_until_refused(rootfs)
     for number, fd in enumerate(files):
         os.write(fd, b"%d" % number)
         os.fsync(fd)
@@ -45,9 +52,77 @@ def _open_until_refused(rootfs: Path) -> tuple[int, str, bool, bool]:
 
 
 def test_open_files_are_bounded_by_the_hard_limit_and_go_on_at_it(limited: Mount) -> None:
-    opened, refused, works, goes_on = limited.person.call(
-        _open_until_refused, limited.containers / "a/rootfs"
-    )
+    opened, refused, works, goes_on = limited.person.call(_use_all, limited.containers / "a/rootfs")
     assert (refused, works, goes_on) == ("EMFILE", True, True)
     assert LIMIT // 2 < opened < LIMIT
     assert limited.sh("echo x > containers/b/rootfs/x && cat containers/b/rootfs/x").ok() == "x\n"
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "make a container": lambda top: os.mkdir(top / "containers/new"),
+    "remove a container": lambda top: os.rmdir(top / "containers/b"),
+    "rename a container": lambda top: os.rename(top / "containers/c", top / "containers/e"),
+    "read metadata": lambda top: (top / "containers/a/metadata.json").read_bytes(),
+    "write metadata": lambda top: (top / "containers/a/metadata.json").write_text('{"key": 1}'),
+    "list containers": lambda top: os.listdir(top / "containers"),
+    "enter a container": lambda top: os.listdir(top / "containers/c/rootfs/etc"),
+    "list": lambda top: os.listdir(top / "containers/a/rootfs"),
+    "make a directory": lambda top: os.mkdir(top / "containers/a/rootfs/d/d"),
+    "copy up": lambda top: os.chmod(top / "containers/a/rootfs/bin/busybox", 0o700),
+    "read an image": lambda top: (top / "images/busybox/rootfs/bin/busybox").read_bytes(),
+    "tag": lambda top: os.symlink("busybox", top / "images/tag"),
+    "work in workdir": lambda top: (top / "containers/a/workdir/file").write_text("x"),
+    "list views": lambda top: os.listdir(top / "views/podman/overlay"),
+}
+
+
+def _try_others(top: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """How each fails while there is no descriptor, and afterwards."""
+
+    def failures() -> dict[str, str]:
+        found = {}
+        for name, call in OTHERS.items():
+            try:
+                call(top)
+            except FileExistsError:  # the first time it was done
+                pass
+            except FileNotFoundError:
+                assert name in ("remove a container", "rename a container", "enter a container"), name
+            except OSError as error:
+                found[name] = errno.errorcode[error.errno or 0]
+        return found
+
+    files, _ = _open_until_refused(top / "containers/a/rootfs")
+    without = failures()
+    for fd in files:
+        os.close(fd)
+    return without, failures()
+
+
+def test_without_a_descriptor_all_says_so_or_works_and_afterwards_works(limited: Mount) -> None:
+    without, afterwards = limited.person.call(_try_others, limited.mountpoint)
+    assert set(without.values()) == {"EMFILE"}
+    assert afterwards == {}
+    assert limited.fusestore("check").ok() == ""
+
+
+def test_without_a_descriptor_the_log_says_once_that_nobody_is_heard(limited: Mount) -> None:
+    limited.expect("nobody is heard at the bell for a while: Too many open files")
+    rootfs = limited.containers / "a/rootfs"
+
+    def ask() -> int:
+        files, _ = _open_until_refused(rootfs)
+        files.append(os.open(rootfs / "etc", os.O_RDONLY))
+        return os.waitstatus_to_exitcode(
+            os.spawnvpe(
+                os.P_WAIT,
+                "fusestore",
+                ["fusestore", "status", str(limited.mountpoint)],
+                limited.person.environment(**limited.environment),
+            )
+            << 8
+        )
+
+    assert limited.person.call(ask) == 1
+    limited.fusestore("status", limited.mountpoint).ok()
+    assert len(re.findall("nobody is heard", limited.log())) == 1

@@ -9,7 +9,7 @@ the mount point: a container or an image (`Box`) with its files.
 import json
 import os
 import stat
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +68,8 @@ class Ledger:
     died_s: float | None = None
     """When its mount died, by time.monotonic()."""
     wrong: list[str] = field(default_factory=list)
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=12))
+    """The last changes, for who looks for a fault."""
 
     @contextmanager
     def change(self, kind: str, new: Mapping[str, Box | None], torn: str = "") -> Iterator[None]:
@@ -79,6 +81,7 @@ class Ledger:
     def begin(self, kind: str, new: Mapping[str, Box | None], torn: str = "") -> None:
         """`new`: what becomes of each of these, None for nothing."""
         self.open = _Change(kind, new, torn)
+        self.last.append(f"{kind}: {' '.join(new)} {torn}")
 
     def settle(self, *, happened: bool) -> None:
         """Whether the open change was made is known."""

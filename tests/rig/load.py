@@ -74,7 +74,8 @@ def _accounted(ledger: Ledger, where: Where) -> Iterator[None]:
         if is_dead or not os.path.lexists(where.containers):
             ledger.died_s = time.monotonic()
         else:
-            ledger.wrong.append("".join(traceback.format_exception(error)))
+            after = "\n".join(("", "after", *ledger.last))
+            ledger.wrong.append("".join(traceback.format_exception(error)) + after)
 
 
 def in_rootfs(ledger: Ledger, where: Where, prefix: str, seed: int, end_s: float) -> Ledger:
