@@ -32,6 +32,8 @@ class FakeRootfs(Branch):
         self.content = content.encode()
         self.label = label
         self.quota: int | None = None
+        self.place = ""
+        """Where it was moved to."""
         self.attached = False
         self.is_detached = False
         self.handles = 0
@@ -71,6 +73,9 @@ class FakeRootfs(Branch):
 
     def leave(self) -> None:
         pass
+
+    def moved_to(self, place: str) -> None:
+        self.place = place
 
     def detach(self) -> None:
         self.attached = False

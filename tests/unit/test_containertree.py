@@ -552,11 +552,13 @@ def test_mv_keeps_scratch_files(shell: TreeShell) -> None:
     assert shell.read("containers/d/tmp") == b"x"
 
 
-def test_mv_attaches_the_rootfs_anew(shell: TreeShell) -> None:
+def test_mv_takes_the_rootfs_along(shell: TreeShell) -> None:
     with shell.walk("containers/c"):
         shell.ls("containers/c/rootfs")
+        before = rootfs(shell, "containers/c/rootfs")
         shell.rename("containers/c", "containers/d")
-        assert rootfs(shell, "containers/d/rootfs").content == b"container d"
+        assert rootfs(shell, "containers/d/rootfs") is before
+        assert before.place == "d"
 
 
 @pytest.mark.parametrize(
