@@ -28,7 +28,7 @@ KILLS = int(os.environ.get("FUSESTORE_TEST_KILLS", "0"))
 """Of both people together; 0: as many as there is time for, and other ends besides."""
 
 KILL = "kill -9"
-ENDS = {"root": (KILL, "SIGTERM", KILL, UMOUNT), "user": (KILL, "SIGINT", KILL)}
+ENDS = {"root": (KILL, "SIGTERM", KILL), "user": (KILL, UMOUNT, KILL)}
 LOAD_S = 1.0
 
 

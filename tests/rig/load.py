@@ -27,6 +27,7 @@ from rig.randomcalls import Caller
 from rig.rootfswork import RootfsWorker
 
 from fusestore.store import Store
+from fusestore.synthetic import SHARED_S
 
 __all__ = [
     "KILLED",
@@ -245,6 +246,7 @@ def _kill(
         said = process.communicate()[1]
     if process.returncode == -signal.SIGKILL:
         ledger.done[KILLED] += 1
+        time.sleep(SHARED_S)  # it may not have told the mounts
         ledger.wrong += judge(ledger, where.mountpoint)
     elif process.returncode == 0:
         ledger.settle(happened=True)

@@ -135,7 +135,7 @@ class Soak:
     def _work(self, fault: str, load_s: float) -> list[str]:
         """The work, and the fault in the midst of it; what went wrong."""
         fault_s = time.monotonic() + load_s
-        end_s = fault_s + 2
+        end_s = fault_s + min(2.0, load_s / 2)
         # An umount is refused while somebody is in the mount.
         victim_end_s = fault_s if fault == UMOUNT else fault_s + _END_S
         victim, steady = self._where(self.victim), self._where(self.steady)
