@@ -414,18 +414,14 @@ async def _answer_bell(
     assert record.bell is not None, "only the daemon has one"
     record.bell.setblocking(False)
     bell = trio.socket.from_stdlib_socket(record.bell)
-    told = 0
     async with trio.open_nursery() as nursery:
         while True:
             try:
                 connection, _ = await bell.accept()
             except OSError as error:  # EMFILE, above all: the mount survives
-                if error.errno != told:
-                    _log.warning("nobody is heard at the bell for a while: %s", error.strerror)
-                told = error.errno or 0
+                _log.warning("the bell: %s", error)
                 await trio.sleep(_BELL_PAUSE_S)
             else:
-                told = 0
                 nursery.start_soon(_hear, connection, record, store, filesystem, watch, completion, nursery)
 
 

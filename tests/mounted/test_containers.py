@@ -169,9 +169,10 @@ def test_what_the_kernel_knew_of_a_container_goes_with_its_new_id(mounted: Mount
         mkdir $1 && mkdir $1/rootfs/d $1/workdir/d $1/rundir/d && touch $1/{rootfs,workdir,rundir}/d/file
         ls -l $1/*/d > /dev/null && mv $1 $2 || exit 1
         for part in rootfs workdir rundir; do
-            (cd $2/$part/d && mkdir a && ln -s x b && mkfifo c && ln file e && mv file f && echo g > g) || exit 2
+            cd $2/$part/d && mkdir a && ln -s x b && mkfifo c && ln file e && mv file f && echo > g || exit 2
+            cd $OLDPWD
         done
-        ls $2/*/d | grep -c '[a-g]$'; cd /; rmdir $OLDPWD/$2
+        ls $2/*/d | grep -c '[a-g]$'; rmdir $2
     """
     assert mounted.sh(known, old, new).ok() == "18\n"
 

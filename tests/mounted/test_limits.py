@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -104,25 +103,3 @@ def test_without_a_descriptor_all_says_so_or_works_and_afterwards_works(limited:
     assert set(without.values()) == {"EMFILE"}
     assert afterwards == {}
     assert limited.fusestore("check").ok() == ""
-
-
-def test_without_a_descriptor_the_log_says_once_that_nobody_is_heard(limited: Mount) -> None:
-    limited.expect("nobody is heard at the bell for a while: Too many open files")
-    rootfs = limited.containers / "a/rootfs"
-
-    def ask() -> int:
-        files, _ = _open_until_refused(rootfs)
-        files.append(os.open(rootfs / "etc", os.O_RDONLY))
-        return os.waitstatus_to_exitcode(
-            os.spawnvpe(
-                os.P_WAIT,
-                "fusestore",
-                ["fusestore", "status", str(limited.mountpoint)],
-                limited.person.environment(**limited.environment),
-            )
-            << 8
-        )
-
-    assert limited.person.call(ask) == 1
-    limited.fusestore("status", limited.mountpoint).ok()
-    assert len(re.findall("nobody is heard", limited.log())) == 1
