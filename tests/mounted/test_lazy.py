@@ -1,5 +1,7 @@
 """fusestore pull --lazy: images that are used before they are here, with Debian's docker-registry."""
 
+import base64
+import errno
 import hashlib
 import io
 import json
@@ -642,11 +644,28 @@ def test_credentials_are_read_anew_and_never_kept(
     authfile = credentials(mount.base / "auth.json")
     env = {**mount.environment, "REGISTRY_AUTH_FILE": str(authfile)}
     mount.person.run("fusestore", "pull", "--lazy", name, env=env).ok()
-    kept = b"".join(path.read_bytes() for path in mount.store.rglob("*") if path.is_file())
-    assert PASSWORD.encode() not in kept
+    right = authfile.read_text()
+    authfile.write_text(json.dumps({"auths": {locked_registry.name: {"auth": WRONG}}}))
+    mount.expect(f"does not let you have or change {name.partition('/')[2]}")
     mount.person.run("fusestore", "mount", mount.mountpoint, env=env).ok()
-    assert mount.sh("cat $1/last", ROOT).ok() == "last\n"
+    mount.sh("cat $1/last", ROOT).fails_with(errno.EIO)
+    authfile.write_text(right)
+    wait_until(lambda: mount.sh("cat $1/last", ROOT).out == "last\n")
     _wait_until_complete(mount)
+    for options in ((), ("--json",), ("--prometheus",)):
+        _has_no_secret(mount.fusestore("status", mount.mountpoint, *options).ok().encode())
+    (pid,) = mount.pids()
+    for file in (*mount.store.rglob("*"), *mount.run_dir.rglob("*"), Path(f"/proc/{pid}/cmdline")):
+        if file.is_file():
+            _has_no_secret(file.read_bytes())
+
+
+WRONG = base64.b64encode(f"{USER}:wr0ng-pass".encode()).decode()
+
+
+def _has_no_secret(data: bytes) -> None:
+    pair = base64.b64encode(f"{USER}:{PASSWORD}".encode())
+    assert not any(secret in data for secret in (PASSWORD.encode(), pair, b"wr0ng-pass", WRONG.encode()))
 
 
 def _as_blob(stargz: Stargz) -> Blob:

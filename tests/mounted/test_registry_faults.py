@@ -12,6 +12,7 @@ import secrets
 import socketserver
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -464,6 +465,31 @@ def test_the_authorization_goes_to_no_other_host(
         assert _pull(store, proxy).id == pushed.id
         assert len(other.seen) == 3
         assert not any("Authorization" in seen.headers for seen in other.seen)
+
+
+def test_no_log_of_any_level_and_no_traceback_has_a_secret(
+    store: Store, proxy: Proxy, registry: DockerRegistry, pushed: Pushed, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(1)
+    proxy.wants_tokens, proxy.allows_anonymous = True, False
+    tracebacks = []
+    for credentials in (LOGIN, Credentials("", identity_token=IDENTITY_TOKEN)):
+        for fault in (
+            _to("http://localhost:1/x?token=secret-in-the-url"),
+            _to("http://me:secret-in-the-url@localhost:1/x"),
+            _status(500, Location="http://localhost:1/?secret-in-the-url"),
+            _cut_before,
+        ):
+            proxy.faults = [Fault(BLOBS, fault)]
+            with pytest.raises(FusestoreError) as raised:
+                _pull(store, proxy, credentials=lambda _, it=credentials: it)
+            tracebacks += traceback.format_exception(raised.value)
+        proxy.faults = []
+        assert _pull(store, proxy, credentials=lambda _, it=credentials: it).id == pushed.id
+        store.delete_image(pushed.id)
+    assert not SECRETS.search(caplog.text)
+    # The lines of the program that they quote have words of these.
+    assert not re.search(f"{PASSWORD}|t0ken|secret-in-the-url", "".join(tracebacks))
 
 
 def test_a_password(store: Store, locked_registry: DockerRegistry, pushed: Pushed) -> None:
