@@ -88,7 +88,7 @@ def fill(thing: Thing, source: Bytes, values: Values) -> None:
             end = begin + length
     thing.size = end + source.byte() % 3 * 700
     if values.is_odd and source.byte() % 2:
-        thing.size = source.number()
+        thing.size = source.number() or 1
 
 
 def tree_of(source: Bytes) -> MemoryTree:
