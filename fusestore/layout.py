@@ -118,7 +118,7 @@ Refused by a reader, in these words (StoreUnusable)::
     "… says neither native nor plain: write into it which one the store is"
     "the path of the store is empty: name a directory, or leave it out"
     "….json is damaged: restore it from a backup, or import the images into a new store"
-    "index.json is damaged (…): run `fusestore check --repair`, or restore it from a backup"
+    "…/index.json is damaged (…): run `fusestore check --repair`, or restore it from a backup" (StoreDamaged)
 
 History::
 
