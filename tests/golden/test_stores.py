@@ -1,7 +1,8 @@
 """Whole stores that earlier commits wrote, as users have them: what today's code makes of them.
 
-Each is a store with two images, four tags, a container that nobody entered, and one with each kind of change. "first" was written by 3c78a8a, for root, before stores had a file
-`scheme` and uppers said where their files came from; "plain" by c651934, for a plain user.
+Each has two images, four tags, a container that nobody entered, and one with each kind of change. "first" was
+written by 3c78a8a, for root, before stores had a file `scheme` and uppers said where their files came from;
+"plain" by c651934, for a plain user.
 """
 
 import io
@@ -74,7 +75,7 @@ def test_its_images_and_containers(root: Path) -> None:
         }
         assert sorted(store.container_ids()) == ["changed", "untouched"]
         assert store.container_names() == {"web": "untouched"}
-        document = store.container_metadata("web")
+        document = store.get_container_metadata("web")
         assert (document["id"], document["image-id"], document["mine"]) == ("untouched", IMAGE, [1, "é"])
 
 
