@@ -300,6 +300,10 @@ class KernelRootfs(Branch):
 
     def set_quota(self, limit: int | None) -> None:
         """Heeded when it is entered: the kernel knows none."""
+        if self._mounted is not None and limit not in (None, self._quota):
+            _log.warning(
+                "container %s: its quota counts when it is entered anew: now the kernel serves it", self._id
+            )
         self._quota = limit
 
     def before_enter(self) -> Maybe[None]:

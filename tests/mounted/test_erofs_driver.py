@@ -365,6 +365,36 @@ def test_a_container_with_a_quota_is_the_unions(fresh: Mount) -> None:
     assert _overlays(fresh) == []
 
 
+def test_a_quota_is_refused_while_somebody_is_in_what_the_kernel_serves(fresh: Mount) -> None:
+    """It knows none. Once they have left, the container is the union's when it is entered again."""
+    script = """
+        mkdir containers/c; exec 3< containers/c/rootfs/etc/hostname
+        echo '{"quota": 65536}' > containers/c/metadata.json
+    """
+    fresh.sh(script).fails_with(errno.EBUSY)
+    assert fresh.sh("jq .quota containers/c/metadata.json").ok() == "null\n"
+    fresh.sh("echo '{\"quota\": 65536}' > containers/c/metadata.json").ok()
+    fresh.sh("dd if=/dev/zero of=containers/c/rootfs/x bs=1M count=1 conv=fsync").fails_with(errno.EDQUOT)
+    assert _overlays(fresh) == []
+
+
+def test_a_quota_that_another_process_sets_is_heeded_when_they_have_left(fresh: Mount) -> None:
+    fresh.expect("container c: its quota counts when it is entered anew")
+    python = fresh.person.run("sh", "-c", 'head -1 "$(command -v fusestore)"').ok()[2:].strip()
+    program = """
+import os, sys
+from fusestore.store import Store
+with Store.open(os.environ["FUSESTORE_STORE"], os.environ["FUSESTORE_RUN_DIR"]) as store:
+    store.set_container_metadata("c", {"quota": int(sys.argv[1])})
+"""
+    script = """
+        mkdir containers/c; exec 3< containers/c/rootfs/etc/hostname; "$1" -c "$2" 70000
+        ls containers > /dev/null; exec 3<&-; "$1" -c "$2" 65536
+    """
+    fresh.sh(script, python, program).ok()
+    fresh.sh("dd if=/dev/zero of=containers/c/rootfs/x bs=1M count=1 conv=fsync").fails_with(errno.EDQUOT)
+
+
 def test_a_container_without_an_image_is_the_unions(fresh: Mount) -> None:
     fresh.sh("rm images/default; mkdir containers/c; echo x > containers/c/rootfs/x").ok()
     assert fresh.sh("cat containers/c/rootfs/x").ok() == "x\n"

@@ -1,6 +1,7 @@
 """The quota of a container: what is refused when it is reached, and what is counted."""
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,28 @@ def test_writing_beyond_it_is_refused(
     path = _rootfs(mounted, limited) / "new"
     assert mounted.person.call(write, path, MIB // 2) == "done"
     assert mounted.person.call(write, path, 2 * MIB) == said
+    assert _taken(mounted, limited) <= MIB
+
+
+def _write_mapped(path: Path, size: int) -> str:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.truncate(fd, size)
+    with mmap.mmap(fd, size) as mapped:
+        mapped[:] = b"x" * size
+        try:
+            mapped.flush()
+            return "done"
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        finally:
+            os.close(fd)
+
+
+def test_writing_a_mapped_file_beyond_it_is_refused(mounted: Mount, limited: str) -> None:
+    """Making it longer takes nothing."""
+    path = _rootfs(mounted, limited) / "new"
+    assert mounted.person.call(_write_mapped, path, MIB // 2) == "done"
+    assert mounted.person.call(_write_mapped, path, 2 * MIB) == "EDQUOT"
     assert _taken(mounted, limited) <= MIB
 
 
