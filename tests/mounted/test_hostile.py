@@ -1,5 +1,6 @@
 """Hostile layers through the installed command: refused with a line and no trace, or shown as they are."""
 
+import errno
 import gzip
 import os
 from pathlib import Path
@@ -183,6 +184,19 @@ def test_overlayfs_xattrs_that_are_set_in_a_container_do_not_act(fresh: Mount) -
     fresh.mount()
     assert fresh.sh(f"ls {rootfs}/d; cat {rootfs}/g").ok() == "f\ntext"
     assert fresh.fusestore("check").ok() == ""
+
+
+def test_devices_and_set_user_id_bits_of_a_layer_are_shown_and_do_not_act(fresh: Mount) -> None:
+    device = header(b"zero", type=b"3", mode=b"0000666\0", major=b"0000001\0", minor=b"0000005\0")
+    program = member(b"id", Path("/usr/bin/id").read_bytes(), mode=b"0006755\0")
+    rootfs = _show(fresh, device + program + END)
+    assert fresh.sh(f"cd {rootfs}; stat -c '%a %F' zero id").ok().splitlines() == [
+        "666 character special file",
+        "6755 regular file",
+    ]
+    fresh.sh(f"head -c 1 {rootfs}/zero").fails_with(errno.EACCES)
+    options = fresh.sh('findmnt -rRno OPTIONS "$PWD"').ok().splitlines()
+    assert options and all({"nodev", "nosuid"} <= {*line.split(",")} for line in options)
 
 
 def test_a_thousand_directories_deep(fresh: Mount) -> None:
