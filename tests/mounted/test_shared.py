@@ -121,6 +121,15 @@ def test_two_mounts_of_one_store_show_the_same(fresh: Mount, second: Path) -> No
     )
 
 
+def test_what_one_mount_wrote_another_shows_that_was_not_there_before(fresh: Mount, second: Path) -> None:
+    script = """
+        mkdir containers/a && cd containers/a/rootfs
+        echo new > new; echo more >> etc/hostname; rm bin/vi; mv tmp gone; chmod 700 etc
+        cd $1/containers/a/rootfs && cat new etc/hostname && ls -d bin/vi tmp gone 2> /dev/null; stat -c %a etc
+    """
+    assert fresh.sh(script, second).ok() == "new\nbusybox\nmore\ngone\n700\n"
+
+
 def test_changes_through_two_mounts_at_once_do_not_wait_for_each_other(fresh: Mount, second: Path) -> None:
     """Where one waited in vain the log says so, which fails the test."""
     script = """
