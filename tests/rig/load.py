@@ -72,11 +72,19 @@ def _accounted(ledger: Ledger, where: Where) -> Iterator[None]:
         yield
     except Exception as error:
         is_dead = isinstance(error, OSError) and error.errno in _DEAD
-        if is_dead or not os.path.lexists(where.containers):
+        if is_dead or _is_gone(where):
             ledger.died_s = time.monotonic()
         else:
             after = "\n".join(("", "after", *ledger.last))
             ledger.wrong.append("".join(traceback.format_exception(error)) + after)
+
+
+def _is_gone(where: Where) -> bool:
+    try:
+        os.statvfs(where.mountpoint)  # of which a kernel keeps nothing
+    except OSError:
+        return True
+    return not os.path.lexists(where.containers)
 
 
 def in_rootfs(ledger: Ledger, where: Where, prefix: str, seed: int, end_s: float) -> Ledger:
