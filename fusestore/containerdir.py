@@ -25,7 +25,7 @@ from .inodes import Branch, Inodes, Maybe, Node, Outward, Steps
 from .layout import Layout
 from .metadata import quota_of
 from .nodes import Attr, Inode
-from .scratchfile import SCRATCH_FILES_MAX, ScratchFile
+from .scratchfile import SCRATCH_FILES_MAX, ScratchFile, ScratchMemory
 from .store import Store
 from .synthetic import SHARED_S, Owner, RootfsBranch, RootfsDriver
 
@@ -38,13 +38,14 @@ PARTS = (b"rootfs", b"workdir", b"rundir")
 class Surroundings:
     """What every container directory of a mount works with."""
 
-    __slots__ = ("driver", "inodes", "layout", "owner", "store")
+    __slots__ = ("driver", "inodes", "layout", "owner", "scratch_memory", "store")
 
     def __init__(self, store: Store, inodes: Inodes, driver: RootfsDriver, owner: Owner) -> None:
         self.store = store
         self.inodes = inodes
         self.driver = driver
         self.owner = owner
+        self.scratch_memory = ScratchMemory()
         self.layout = Layout(os.fspath(store.path))
 
 
@@ -425,7 +426,8 @@ class ContainerDir(Node):
         """Raises NoSpace."""
         if len(self.scratch) >= SCRATCH_FILES_MAX:
             raise errors.NoSpace(f"at most {SCRATCH_FILES_MAX} files fit next to metadata.json: use workdir")
-        file = ScratchFile(self.branch, self.around.inodes.number(), self, data, mode, uid, gid)
+        memory = self.around.scratch_memory
+        file = ScratchFile(self.branch, self.around.inodes.number(), self, memory, data, mode, uid, gid)
         self.scratch[name] = file
         return file
 

@@ -1,8 +1,8 @@
 """Scratch files: what editors and ``jq … > tmp`` put next to a metadata.json. Pure but for the clock.
 
 They are held in memory and gone with the mount. To whoever uses them they are ordinary files (mode, owner,
-times, truncation, unlinked while open), bounded by `SCRATCH_MAX` bytes each and `SCRATCH_FILES_MAX` a
-container, since a daemon's memory is what they take.
+times, truncation, unlinked while open), bounded by `SCRATCH_MAX` bytes each, `SCRATCH_FILES_MAX` a container
+and `SCRATCH_TOTAL_MAX` bytes together, since a daemon's memory is what they take.
 """
 
 import os
@@ -14,7 +14,14 @@ from .inodes import Branch, Changes, FileHandle, Node
 from .nodes import Attr, Inode
 from .synthetic import BLOCK_SIZE
 
-__all__ = ["SCRATCH_FILES_MAX", "SCRATCH_MAX", "ScratchFile", "ScratchHandle"]
+__all__ = [
+    "SCRATCH_FILES_MAX",
+    "SCRATCH_MAX",
+    "SCRATCH_TOTAL_MAX",
+    "ScratchFile",
+    "ScratchHandle",
+    "ScratchMemory",
+]
 
 SCRATCH_MAX = 1 << 20
 """Bytes in one file: that of the largest document."""
@@ -22,22 +29,54 @@ SCRATCH_MAX = 1 << 20
 SCRATCH_FILES_MAX = 64
 """Files next to one metadata.json. An editor makes three."""
 
+SCRATCH_TOTAL_MAX = 64 << 20
+"""Bytes in all scratch files of a mount."""
+
+
+class ScratchMemory:
+    """What the scratch files of one mount take together."""
+
+    __slots__ = ("_used",)
+
+    def __init__(self) -> None:
+        self._used = 0
+
+    def change(self, before: int, after: int) -> None:
+        """A file has `after` bytes instead of `before`. Raises NoSpace, and nothing changed."""
+        more = after - before
+        if more > 0 and self._used + more > SCRATCH_TOTAL_MAX:
+            raise errors.NoSpace(
+                f"at most {SCRATCH_TOTAL_MAX} bytes fit next to all metadata.json of a mount: use workdir"
+            )
+        self._used += more
+
 
 class ScratchFile(Node):
     """A file in memory. Its name is asked for each time: what one name means may become another's."""
 
-    __slots__ = ("_attr", "container", "data")
+    __slots__ = ("_attr", "_memory", "container", "data")
 
     entry_timeout_s = 0.0
     attr_timeout_s = 0.0
 
     def __init__(
-        self, branch: Branch, ino: Inode, container: Node, data: bytes, mode: int, uid: int, gid: int
+        self,
+        branch: Branch,
+        ino: Inode,
+        container: Node,
+        memory: ScratchMemory,
+        data: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
     ) -> None:
-        """`mode`: permission bits."""
+        """`mode`: permission bits. Raises NoSpace."""
         super().__init__(branch, ino)
         self.container = container
-        self.data = bytearray(data)
+        self.data = bytearray()
+        self._memory = memory
+        memory.change(0, len(data))
+        self.data += data
         now = time_ns()
         self._attr = Attr(stat.S_IFREG | stat.S_IMODE(mode), uid, gid, 0, 0, 1, 0, now, now, now)
 
@@ -51,7 +90,7 @@ class ScratchFile(Node):
         self._attr = self._attr._replace(nlink=0, ctime_ns=time_ns())
 
     def change(self, changes: Changes) -> None:
-        """Raises FileTooLarge."""
+        """Raises FileTooLarge, NoSpace."""
         if changes.size is not None:
             self.resize(changes.size)
         attr, now = self._attr, time_ns()
@@ -65,21 +104,25 @@ class ScratchFile(Node):
         )
 
     def resize(self, size: int) -> None:
-        self._check(size)
+        self._claim(size)
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
         self._modified()
 
     def write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
-        self._check(end)
+        self._claim(max(end, len(self.data)))
         self.data.extend(bytes(max(0, offset - len(self.data))))
         self.data[offset:end] = data
         self._modified()
 
-    def _check(self, size: int) -> None:
+    def _claim(self, size: int) -> None:
         if size > SCRATCH_MAX:
             raise errors.FileTooLarge(f"at most {SCRATCH_MAX} bytes next to metadata.json: use workdir")
+        self._memory.change(len(self.data), size)
+
+    def __del__(self) -> None:
+        self._memory.change(len(self.data), 0)
 
     def _modified(self) -> None:
         now = time_ns()

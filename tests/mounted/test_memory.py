@@ -3,13 +3,18 @@
 import json
 import os
 import re
+import resource
+import stat
+import subprocess
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig.images import Images
 from rig.mounts import Mount, drop_names, wait_until
+from rig.people import as_root
 from rig.randomcalls import Caller
 from rig.requirements import need
 
@@ -119,3 +124,62 @@ def test_the_page_cache_has_once_what_the_kernel_serves(fresh: Mount, images: Im
         return cached(*layers) < 64 << 10 and cached(perl) > size // 2
 
     wait_until(has_it_once, 30)
+
+
+def _hold_much(containers: Path, count: int) -> list[int]:
+    """Makes and enters containers, makes files in one of them, and has some open."""
+    for number in range(count):
+        (containers / str(number)).mkdir()
+        (containers / f"{number}/rootfs/file").touch()
+    for number in range(10 * count):
+        os.mknod(containers / f"0/rootfs/a-name-of-some-length-{number}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return [os.open(containers / f"{number}/rootfs/file", os.O_RDWR) for number in range(count)]
+
+
+def test_memory_is_bounded_by_what_is_known_and_open(fresh: Mount) -> None:
+    """The bounds are those of the README."""
+    fresh.sh("mkdir containers/a && ls -lR containers/a > /dev/null").ok()
+    daemon, count = _daemon(fresh), 300
+    _, before = _held(daemon)
+
+    def hold() -> dict[str, Any]:
+        files = _hold_much(fresh.containers, count)
+        command = ["fusestore", "status", str(fresh.mountpoint), "--json"]
+        environment = fresh.person.environment(**fresh.environment)
+        said = subprocess.run(command, env=environment, stdout=-1, check=True, timeout=60).stdout
+        assert len(files) == count
+        found: dict[str, Any] = json.loads(said)
+        return found
+
+    report = fresh.person.call(hold)
+    assert (report["containers"]["entered"], report["handles"]) == (count + 1, count)
+    assert report["inodes"] > 10 * count
+    bound = report["inodes"] * 1536 + report["containers"]["entered"] * 4096 + report["handles"] * 1024
+    assert report["memory"]["anonymous-bytes"] < before + bound + (1 << 20)
+
+
+def _read_all(rootfs: Path, part: int, parts: int) -> None:
+    paths = (Path(directory, name) for directory, _, names in os.walk(rootfs) for name in names)
+    for number, path in enumerate(paths):
+        if number % parts == part and stat.S_ISREG(path.lstat().st_mode):
+            path.read_bytes()
+
+
+@as_root
+def test_memory_is_bounded_while_layers_are_decompressed(unmounted: Mount, images: Images) -> None:
+    """By many at once, who have what others want decompressed evicted."""
+    unmounted.options = ("--cache-size", "4M")
+    unmounted.fusestore("import", images.debian.source).ok()
+    unmounted.mount()
+    daemon, rootfs = _daemon(unmounted), unmounted.images / "debian/rootfs/usr/lib"
+    unmounted.sh("find images/debian/rootfs -ls > /dev/null").ok()
+    _, before = _held(daemon)
+    most = 0
+    with ThreadPoolExecutor(8) as threads:
+        readers = [threads.submit(unmounted.person.call, _read_all, rootfs, part, 8) for part in range(8)]
+        while not all(reader.done() for reader in readers):
+            most = max(most, _held(daemon)[1])
+    for reader in readers:
+        reader.result()
+    assert before < most < before + (64 << 20)

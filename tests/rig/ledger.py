@@ -172,7 +172,9 @@ def _difference(box: Box | None, seen: Box | None) -> str:
 def _seen(top: Path, key: str, *boxes: Box | None) -> Box | None:
     """What is there of `key`, looking where one of `boxes` has something, and at all that is in OWN."""
     place = top / key
-    if not os.path.lexists(place):
+    try:
+        os.lstat(place)
+    except FileNotFoundError:
         return None
     rootfs = place / "rootfs"
     paths = {path for box in boxes if box is not None for path in box.tree}

@@ -5,17 +5,19 @@ import stat
 
 import pytest
 
-from fusestore.errors import FileTooLarge
+from fusestore.errors import FileTooLarge, NoSpace
 from fusestore.inodes import Branch, Changes, Node
 from fusestore.nodes import Inode
-from fusestore.scratchfile import SCRATCH_MAX, ScratchFile, ScratchHandle
+from fusestore.scratchfile import SCRATCH_MAX, SCRATCH_TOTAL_MAX, ScratchFile, ScratchHandle, ScratchMemory
 
 BRANCH = Branch()
 
 
 @pytest.fixture
 def file() -> ScratchFile:
-    return ScratchFile(BRANCH, Inode(7), Node(BRANCH, Inode(6)), b"abcdef", 0o640, 1000, 1001)
+    return ScratchFile(
+        BRANCH, Inode(7), Node(BRANCH, Inode(6)), ScratchMemory(), b"abcdef", 0o640, 1000, 1001
+    )
 
 
 def test_new_file_has_mode_owner_and_size(file: ScratchFile) -> None:
@@ -69,3 +71,22 @@ def test_attributes_can_be_set(file: ScratchFile) -> None:
 def test_unlinked_file_has_no_link_and_keeps_its_content(file: ScratchFile) -> None:
     file.unlinked()
     assert (file.attr.nlink, ScratchHandle(file, os.O_RDONLY).read(0, 9)) == (0, b"abcdef")
+
+
+def test_all_files_together_are_bounded() -> None:
+    memory = ScratchMemory()
+
+    def made(size: int) -> ScratchFile:
+        return ScratchFile(BRANCH, Inode(7), Node(BRANCH, Inode(6)), memory, bytes(size), 0o640, 1000, 1001)
+
+    files = [made(SCRATCH_MAX) for _ in range(SCRATCH_TOTAL_MAX // SCRATCH_MAX)]
+    other = made(0)
+    with pytest.raises(NoSpace):
+        other.write(0, b"x")
+    with pytest.raises(NoSpace):
+        other.resize(1)
+    assert other.attr.size == 0
+    files[0].resize(SCRATCH_MAX - 1)
+    other.write(0, b"x")
+    del files[1:]
+    other.resize(SCRATCH_MAX)
