@@ -1,5 +1,6 @@
 """What a mount holds: no more than the kernel asks it to, and nothing of what is closed and forgotten."""
 
+import itertools
 import json
 import os
 import re
@@ -131,16 +132,17 @@ def _hold_much(containers: Path, count: int) -> list[int]:
     for number in range(count):
         (containers / str(number)).mkdir()
         (containers / f"{number}/rootfs/file").touch()
-    for number in range(10 * count):
+    for number in range(25 * count):
         os.mknod(containers / f"0/rootfs/a-name-of-some-length-{number}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     return [os.open(containers / f"{number}/rootfs/file", os.O_RDWR) for number in range(count)]
 
 
+@as_root
 def test_memory_is_bounded_by_what_is_known_and_open(fresh: Mount) -> None:
     """The bounds are those of the README."""
     fresh.sh("mkdir containers/a && ls -lR containers/a > /dev/null").ok()
-    daemon, count = _daemon(fresh), 300
+    daemon, count = _daemon(fresh), 40
     _, before = _held(daemon)
 
     def hold() -> dict[str, Any]:
@@ -153,16 +155,16 @@ def test_memory_is_bounded_by_what_is_known_and_open(fresh: Mount) -> None:
         return found
 
     report = fresh.person.call(hold)
-    assert (report["containers"]["entered"], report["handles"]) == (count + 1, count)
-    assert report["inodes"] > 10 * count
+    assert report["containers"]["entered"] >= count == report["handles"]
+    assert report["inodes"] > 25 * count
     bound = report["inodes"] * 1536 + report["containers"]["entered"] * 4096 + report["handles"] * 1024
     assert report["memory"]["anonymous-bytes"] < before + bound + (1 << 20)
 
 
-def _read_all(rootfs: Path, part: int, parts: int) -> None:
+def _read_some(rootfs: Path, part: int, parts: int) -> None:
     paths = (Path(directory, name) for directory, _, names in os.walk(rootfs) for name in names)
-    for number, path in enumerate(paths):
-        if number % parts == part and stat.S_ISREG(path.lstat().st_mode):
+    for path in itertools.islice(paths, part, 600, parts):
+        if stat.S_ISREG(path.lstat().st_mode):
             path.read_bytes()
 
 
@@ -173,11 +175,11 @@ def test_memory_is_bounded_while_layers_are_decompressed(unmounted: Mount, image
     unmounted.fusestore("import", images.debian.source).ok()
     unmounted.mount()
     daemon, rootfs = _daemon(unmounted), unmounted.images / "debian/rootfs/usr/lib"
-    unmounted.sh("find images/debian/rootfs -ls > /dev/null").ok()
+    unmounted.sh("find images/debian/rootfs/usr/lib -ls > /dev/null").ok()
     _, before = _held(daemon)
     most = 0
     with ThreadPoolExecutor(8) as threads:
-        readers = [threads.submit(unmounted.person.call, _read_all, rootfs, part, 8) for part in range(8)]
+        readers = [threads.submit(unmounted.person.call, _read_some, rootfs, part, 8) for part in range(8)]
         while not all(reader.done() for reader in readers):
             most = max(most, _held(daemon)[1])
     for reader in readers:
