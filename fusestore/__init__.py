@@ -56,6 +56,7 @@ below it (setup.cfg, checked by import-linter)::
     layerindex, tar, toc    the index file, read where touched; the tar scanner; eStargz, zstd:chunked
     erofs                   a tree → an EROFS image
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
+    disk                    the system calls that change it
     metadata                the rules of metadata.json     oci           manifests and configs
                                                            imageconfig   what an image runs; commit
                                                            runtimespec   a config.json for runtimes

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import zstandard
 from zlib_ng import zlib_ng
 
-from . import imageconfig, oci
+from . import disk, imageconfig, oci
 from .drivers import snapshot
 from .durable import Scratch, write_all
 from .errors import Busy
@@ -217,7 +217,7 @@ def _write_layer(store: Store, container_id: str, scratch: Scratch, options: Com
             os.close(fd)
         if not has_changes:
             return None
-        os.rename(scratch.join(name), scratch.join(f"blobs/sha256/{digest_hex(blob.digest)}"))
+        disk.current.rename(scratch.join(name), scratch.join(f"blobs/sha256/{digest_hex(blob.digest)}"))
         descriptor = oci.Descriptor(oci.LAYER_TYPES[options.compression], blob.digest, blob.size)
         return _Layer(descriptor, content.digest)
     raise Busy(f"container {container_id} is being written to: commit it when that has ended")

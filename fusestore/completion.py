@@ -17,15 +17,15 @@ from fcntl import LOCK_EX, flock
 from hashlib import sha256
 from itertools import zip_longest
 
+from . import disk
 from .blobs import Ingested, LayerReader, derive, open_reader
 from .chunktable import ChunkTable
-from .durable import Scratch, Workspace, open_directory, read_file
+from .durable import Scratch, Workspace, open_directory, read_file, write_at
 from .errors import NotFetched, StoreDamaged
 from .layer import LayerIndex
 from .layerref import LayerRef, map_index
 from .layout import Layout
 from .spancache import SpanCache
-from .syscalls import pwrite_all
 
 __all__ = ["complete", "difference", "read_ahead"]
 
@@ -90,10 +90,10 @@ def _download(workspace: Workspace, directory: str, end: int, fetch: Fetch) -> N
     try:
         while start < end:
             data = fetch(start, min(start + _PIECE, end))
-            pwrite_all(fd, data, start)
+            write_at(fd, data, start)
             start += len(data)
             if start - synced >= _SYNCED or start >= end:
-                os.fdatasync(fd)
+                disk.current.fdatasync(fd)
                 synced = start
                 with workspace.lock():
                     if os.path.exists(directory):  # the image may have been deleted
@@ -109,7 +109,7 @@ def _take_in(
     fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         flock(fd, LOCK_EX)  # nobody writes into it from now on
-        os.fsync(fd)
+        disk.current.fsync(fd)
         try:
             made = derive(part, blob=ref.blob, diff_id=ref.diff_id)
         except StoreDamaged as error:

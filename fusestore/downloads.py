@@ -10,6 +10,7 @@ One process at a time fetches a blob so (flock): `Downloads.open` gives None to 
 import os
 from collections.abc import Callable
 
+from . import disk
 from .durable import Workspace, write_all
 from .errors import AccessDenied, RegistryFailed
 from .layout import Layout
@@ -50,7 +51,7 @@ class Download:
     def restart(self) -> None:
         """Forgets what is here."""
         self.close()
-        os.ftruncate(self.fd, 0)
+        disk.current.truncate(self.fd, 0)
         os.lseek(self.fd, 0, os.SEEK_SET)
         self._offset = self.kept = 0
 

@@ -4,9 +4,7 @@ Every change of the store goes through a `Workspace`: temp → fsync → rename 
 is a rename into the trash. After a crash or a power cut the old state or the new one is there, and at worst
 rubbish in tmp/ and trash/.
 
-The rule a maintainer must not break: every system call here that changes the disk is made by `Disk`, through
-the module's `disk`, so that tests can stop at each of them; and nothing is renamed into place before it was
-synced.
+The rule a maintainer must not break: nothing is renamed into place before it was synced.
 
 A thing in tmp/ is flocked (shared) by its maker for as long as it is worked on; what can be locked
 exclusively has no maker any more. Between making and locking there is a gap: so after locking the maker looks
@@ -26,25 +24,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from . import disk
 from .errors import BadName, Busy, StoreUnusable
 from .layout import INTENT
 from .names import parse_digest
-from .syscalls import syncfs
 
 __all__ = [
-    "Disk",
     "Scratch",
     "Workspace",
     "discard",
-    "disk",
     "empty_trash",
     "is_damage",
     "lock_directory",
     "open_directory",
     "read_file",
     "read_intent",
-    "sync",
     "write_all",
+    "write_at",
     "write_sparse",
 ]
 
@@ -72,40 +68,6 @@ _DAMAGE = frozenset(
 )
 
 _UNREACHABLE = frozenset([errno.EACCES, errno.ENAMETOOLONG])
-
-
-class Disk:
-    """The primitives that change a disk. Tests put a subclass in place of `disk`, to fail at any of them."""
-
-    def write(self, fd: int, data: bytes | memoryview) -> int:
-        return os.write(fd, data)
-
-    def fsync(self, fd: int) -> None:
-        os.fsync(fd)
-
-    def syncfs(self, fd: int) -> None:
-        syncfs(fd)
-
-    def mkdir(self, path: str, mode: int) -> None:
-        os.mkdir(path, mode)
-
-    def create(self, path: str, mode: int) -> int:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-
-    def symlink(self, target: str, path: str) -> None:
-        os.symlink(target, path)
-
-    def rename(self, source: str, target: str) -> None:
-        os.rename(source, target)
-
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
-    def rmdir(self, path: str) -> None:
-        os.rmdir(path)
-
-
-disk = Disk()
 
 
 def read_file(path: str, limit: int) -> bytes:
@@ -179,12 +141,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     """write(2) until everything is written."""
     rest = memoryview(data)
     while rest:
-        rest = rest[disk.write(fd, rest) :]
-
-
-def sync(fd: int) -> None:
-    """Puts on disk what was written to it."""
-    disk.fsync(fd)
+        rest = rest[disk.current.write(fd, rest) :]
 
 
 def write_sparse(fd: int, data: bytes, offset: int) -> None:
@@ -196,13 +153,14 @@ def write_sparse(fd: int, data: bytes, offset: int) -> None:
     while place < len(data):
         end = min(len(data), place + _HOLE - (offset + place) % _HOLE)
         if data[place:end] == _ZEROS[: end - place]:
-            _write_at(fd, data[start:place], offset + start)
+            write_at(fd, data[start:place], offset + start)
             start = end
         place = end
-    _write_at(fd, data[start:], offset + start)
+    write_at(fd, data[start:], offset + start)
 
 
-def _write_at(fd: int, data: bytes, offset: int) -> None:
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """`write_all` from there on."""
     if data:
         os.lseek(fd, offset, os.SEEK_SET)
         write_all(fd, data)
@@ -214,13 +172,13 @@ def _set_exact_mtime(fd: int) -> None:
     With the inode number it then tells any two versions of a file apart.
     """
     now = time.time_ns()
-    os.utime(fd, ns=(now, now))
+    disk.current.utime(fd, now, now)
 
 
 def _sync_directory(path: str) -> None:
     fd = open_directory(path)
     try:
-        disk.fsync(fd)
+        disk.current.fsync(fd)
     finally:
         os.close(fd)
 
@@ -251,7 +209,7 @@ def _sync_tree(path: str) -> None:
             for directory in reversed(directories):
                 _sync_directory(directory)
         else:
-            disk.syncfs(root)
+            disk.current.syncfs(root)
     finally:
         os.close(root)
 
@@ -265,7 +223,7 @@ def _sync_file(path: str) -> bool:
             raise
         return False
     try:
-        disk.fsync(fd)
+        disk.current.fsync(fd)
     finally:
         os.close(fd)
     return True
@@ -293,15 +251,15 @@ class Scratch:
 
     def mkdir(self, name: str, mode: int = 0o700) -> None:
         path = self.join(name)
-        disk.mkdir(path, mode)
-        os.chmod(path, mode)  # whatever the umask is
+        disk.current.mkdir(path, mode)
+        disk.current.chmod(path, mode)  # whatever the umask is
 
     def symlink(self, name: str, target: str) -> None:
-        disk.symlink(target, self.join(name))
+        disk.current.symlink(target, self.join(name))
 
     def create(self, name: str) -> int:
         """A descriptor of a new file, to write."""
-        return disk.create(self.join(name), 0o600)
+        return disk.current.create(self.join(name), 0o600)
 
     def write(self, name: str, data: bytes) -> None:
         """A new file. Like all that is made here it is not on disk before `sync`."""
@@ -323,7 +281,7 @@ class Scratch:
             return
         try:
             try:
-                disk.rmdir(self.path)
+                disk.current.rmdir(self.path)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
@@ -347,7 +305,7 @@ class Scratch:
 def _remove(path: str, trash: str) -> None:
     """Removes what is at `path`, now, deleting through the trash."""
     target = f"{trash}/{_unique()}"
-    disk.rename(path, target)
+    disk.current.rename(path, target)
     _delete(target, trash)
 
 
@@ -368,23 +326,23 @@ def _delete(entry: str, trash: str) -> None:
 def _delete_one(path: str, trash: str, pending: list[str]) -> None:
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
-        disk.unlink(path)
+        disk.current.unlink(path)
         return
     if found.st_uid == os.geteuid() and found.st_mode & 0o700 != 0o700:
-        os.chmod(path, 0o700)
+        disk.current.chmod(path, 0o700)
     with os.scandir(path) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 if entry.is_dir(follow_symlinks=False):
                     # A directory that changes its parent must be writable itself, unless one is root.
                     if os.geteuid() != 0:
-                        os.chmod(entry.path, 0o700)
+                        disk.current.chmod(entry.path, 0o700)
                     target = f"{trash}/{_unique()}"
-                    disk.rename(entry.path, target)
+                    disk.current.rename(entry.path, target)
                     pending.append(target)
                 else:
-                    disk.unlink(entry.path)
-    disk.rmdir(path)
+                    disk.current.unlink(entry.path)
+    disk.current.rmdir(path)
 
 
 def discard(paths: Iterable[str], trash: str) -> None:
@@ -392,7 +350,7 @@ def discard(paths: Iterable[str], trash: str) -> None:
     touched: dict[str, None] = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            disk.rename(path, f"{trash}/{_unique()}")
+            disk.current.rename(path, f"{trash}/{_unique()}")
             touched[os.path.dirname(path)] = None
     for directory in touched:
         _sync_directory(directory)
@@ -491,7 +449,7 @@ class Workspace:
         """A new private directory, 0700; the caller closes it."""
         while True:
             path = f"{self._tmp}/{_unique()}"
-            disk.mkdir(path, 0o700)
+            disk.current.mkdir(path, 0o700)
             fd = lock_directory(path, fcntl.LOCK_SH)
             if fd is not None:
                 return Scratch(path, fd, self._trash)
@@ -529,11 +487,11 @@ class Workspace:
             try:
                 write_all(fd, data)
                 _set_exact_mtime(fd)
-                disk.fsync(fd)
-                disk.rename(temp, path)
+                disk.current.fsync(fd)
+                disk.current.rename(temp, path)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
-                    disk.unlink(temp)
+                    disk.current.unlink(temp)
                 raise
         finally:
             os.close(fd)
@@ -542,7 +500,7 @@ class Workspace:
     def _temporary(self) -> tuple[int, str]:
         while True:
             path = f"{self._tmp}/{_unique()}"
-            fd = disk.create(path, 0o600)
+            fd = disk.current.create(path, 0o600)
             fcntl.flock(fd, fcntl.LOCK_SH)
             if os.fstat(fd).st_nlink:
                 return fd, path
@@ -556,7 +514,7 @@ class Workspace:
         self._make_directories(os.path.dirname(path))
         while True:
             try:
-                fd = disk.create(path, 0o600)
+                fd = disk.current.create(path, 0o600)
             except FileExistsError:
                 try:
                     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -573,27 +531,27 @@ class Workspace:
         """Closes what `claim` gave, and removes the file if that is still in its place and not to be kept."""
         try:
             if not is_kept and _is_at(fd, path):
-                disk.unlink(path)
+                disk.current.unlink(path)
         finally:
             os.close(fd)
 
     def publish(self, *moves: tuple[str, str]) -> None:
         """Renames synced things into their places, in order, then syncs the directories they are in now."""
         for source, target in moves:
-            disk.rename(source, target)
+            disk.current.rename(source, target)
         for directory in dict.fromkeys(os.path.dirname(target) for _, target in moves):
             _sync_directory(directory)
 
     def make_directory(self, path: str) -> None:
         """mkdir -m 0700, synced in its parent; nothing if it exists."""
         with contextlib.suppress(FileExistsError):
-            disk.mkdir(path, 0o700)
+            disk.current.mkdir(path, 0o700)
             _sync_directory(os.path.dirname(path))
 
     def unlink(self, path: str) -> None:
         """Removes a file or symlink for good; nothing if it is gone."""
         with contextlib.suppress(FileNotFoundError):
-            disk.unlink(path)
+            disk.current.unlink(path)
             _sync_directory(os.path.dirname(path))
 
     def discard(self, *paths: str) -> None:
@@ -606,7 +564,7 @@ class Workspace:
     def set_aside(self, source: str, target: str) -> None:
         """Renames a thing to where nothing is, in directories that are made if need be."""
         self._make_directories(os.path.dirname(target))
-        disk.rename(source, target)
+        disk.current.rename(source, target)
         for directory in (os.path.dirname(target), os.path.dirname(source)):
             _sync_directory(directory)
 
@@ -662,4 +620,4 @@ class Workspace:
                     stack.pop_all()
                     yield Scratch(path, fd, self._trash)
                 else:
-                    disk.unlink(path)
+                    disk.current.unlink(path)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from . import oci
+from . import disk, oci
 from .blobs import Ingested, derive, ingest
 from .downloads import Download, Downloads
-from .durable import Scratch, Workspace, sync, write_all
+from .durable import Scratch, Workspace, write_all
 from .errors import Busy, LayerRefused, NoToc, StoreDamaged
 from .images import Image, Images, loose_parts
 from .layerfiles import LayerFiles
@@ -264,7 +264,7 @@ class Importer:
                     raise
                 download.restart()
             else:
-                sync(download.fd)
+                disk.current.fsync(download.fd)
                 return made
 
     def _stage_parts(
@@ -293,7 +293,7 @@ class Importer:
         scratch.write(Layout.lazy_origin_in(name), parts.origin)
         fd = scratch.create(Layout.lazy_part_in(name))
         try:
-            os.ftruncate(fd, layer.size)
+            disk.current.truncate(fd, layer.size)
         finally:
             os.close(fd)
         counter.add(layer.size)

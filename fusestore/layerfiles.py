@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from . import disk
 from .blobs import LayerReader, derive, open_reader, unpack
 from .completion import complete, read_ahead
 from .durable import Workspace, is_damage, write_sparse
@@ -186,7 +187,7 @@ class LayerFiles:
 
                 blob, table = self._layout.blob(ref.blob), self._layout.seek_table(ref.diff_id, ref.blob)
                 unpack(blob, table, ref.diff_id, layer.reader.size, write)
-                os.ftruncate(fd, place)
+                disk.current.truncate(fd, place)
             finally:
                 os.close(fd)
             scratch.sync()

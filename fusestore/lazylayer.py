@@ -33,7 +33,7 @@ import zstandard
 from . import oci
 from .blobs import LayerReader
 from .chunktable import ChunkTable, pack_chunks
-from .durable import read_file
+from .durable import read_file, write_at
 from .errors import AccessDenied, BadInput, NotFetched, NotFound, NoToc, RegistryFailed, StoreDamaged
 from .layer import LayerBuilder
 from .layerref import LayerRef
@@ -41,7 +41,6 @@ from .layout import Layout
 from .nodes import Digest
 from .reference import parse_reference
 from .sources import Parts
-from .syscalls import pwrite_all
 from .tar import TarLimits, TarScanner
 from .toc import FOOTER, TOC_MAX, Chunk, Toc, TocPlace, find_toc, parse_footer, parse_toc
 
@@ -364,7 +363,7 @@ class LazyReader(LayerReader):
             try:
                 flock(fd, LOCK_SH | LOCK_NB)
                 if os.path.samestat(os.fstat(fd), os.stat(self._part_path)):
-                    pwrite_all(fd, data, offset)
+                    write_at(fd, data, offset)
             finally:
                 os.close(fd)
 

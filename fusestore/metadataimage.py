@@ -3,9 +3,9 @@
 It shows what `fusestore.union.Lower` shows, and points into the layers' tars for content.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 
+from . import disk
 from .erofs import Device, write_image
 from .errors import NotSupported
 from .layerfiles import Layer
@@ -20,7 +20,7 @@ def write_metadata_image(layers: Sequence[Layer], fd: int) -> None:
 
     It is on disk afterwards. Raises NotSupported for what EROFS has no room for, StoreDamaged.
     """
-    with os.fdopen(fd, "wb") as output:
+    with disk.open_to_write(fd) as output:
         tree = _MergedTree(layers)
         devices = [
             Device(layer.ref.diff_id.removeprefix("sha256:").encode(), layer.index.tar_size)
@@ -28,7 +28,7 @@ def write_metadata_image(layers: Sequence[Layer], fd: int) -> None:
         ]
         write_image(tree, devices, output)
         output.flush()
-        os.fsync(fd)
+        disk.current.fsync(fd)
 
 
 class _MergedTree:

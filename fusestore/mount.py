@@ -150,6 +150,7 @@ def run(
     _log.info("driver %s (asked for: %s)", chosen, driver)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.umask(0)  # a file has the mode it is to have as soon as it has its name (fusestore.upper)
     mountpoint = os.path.realpath(mountpoint)
     with contextlib.ExitStack() as stack:
         trash = _Trash(store)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
+from . import disk
 from .blobs import LayerReader
 from .inodes import FileHandle, Maybe, Remote, Steps
 from .nodes import Extent
@@ -116,20 +117,24 @@ class OpenFile(FileHandle):
         quota = self.branch.quota
         if quota is not None:
             quota.require_write(before, offset, len(data))
-        written = os.pwrite(self._fd, data, offset)
-        os.utime(self._fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-        if quota is not None:
-            quota.changed(before, os.fstat(self._fd))
+        written = disk.current.pwrite(self._fd, data, offset)
+        try:
+            disk.current.utime(self._fd, before.st_atime_ns, before.st_mtime_ns)
+        finally:
+            if quota is not None:
+                quota.changed(before, os.fstat(self._fd))
         return written
 
     def truncate(self, size: int) -> None:
         with self.branch.charged(self._fd):
-            os.ftruncate(self._fd, size)
+            disk.current.truncate(self._fd, size)
 
     def fsync(self, datasync: bool) -> Maybe[None]:
         if self._fd < 0 and self.node.in_upper:
             self._fd = self.branch.reopen(self.node, os.O_RDONLY)
-        return self._sync(os.fdatasync if datasync else os.fsync) if self._fd >= 0 else None
+        if self._fd < 0:
+            return None
+        return self._sync(disk.current.fdatasync if datasync else disk.current.fsync)
 
     def _sync(self, sync: Callable[[int], None]) -> Steps[None]:
         yield lambda: sync(self._fd)

@@ -15,7 +15,7 @@ import os
 import secrets
 from collections.abc import Callable
 
-from . import oci
+from . import disk, oci
 from .blobs import derive
 from .check import Cure, Finding, examine
 from .containers import Containers
@@ -170,7 +170,7 @@ class _Bench:
         target = self._aside(f"{finding.path}.{RECORD.decode()}")
         value = os.getxattr(finding.path, RECORD, follow_symlinks=False)
         self._workspace.write_new(target, value)
-        os.removexattr(finding.path, RECORD, follow_symlinks=False)
+        disk.current.remove_xattr(finding.path, RECORD, follow_symlinks=False)
         return f"moved to {target}; owner and mode are now those the file itself has"
 
     def _make_directory(self, finding: Finding) -> str:

@@ -18,7 +18,7 @@ import re
 import stat
 from collections.abc import Iterator
 
-from . import acl
+from . import acl, disk
 from .errors import NotPermitted, StoreDamaged
 from .walk import DIRECTORY, walk
 
@@ -32,6 +32,8 @@ __all__ = [
     "get_xattr",
     "is_own",
     "proc_path",
+    "put_access",
+    "record",
     "recorded",
 ]
 
@@ -46,6 +48,8 @@ PLAIN_ACCESS = _FOREIGN + acl.ACCESS
 _RECORD = re.compile(rb"([0-7]{1,7}):([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,20})")
 _KEPT_AS_FILES = (stat.S_IFREG, stat.S_IFCHR, stat.S_IFBLK)
 _ID_MAX = (1 << 32) - 1
+_FAILURES = frozenset([errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+"""Of the disk: they say nothing of what is allowed."""
 _OTHER_OWNER = 65534
 """Any owner that is not the process's own will do to try out chown."""
 
@@ -100,19 +104,21 @@ class Scheme(enum.Enum):
 
 
 def find_scheme(scratch: int) -> Scheme:
-    """Try in the directory `scratch` what the native scheme needs."""
+    """Try in the directory `scratch` what the native scheme needs. Raises OSError where the disk fails."""
     name, device = b"scheme", b"device"
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=scratch)
+    fd = disk.current.create(name, 0o600, dir_fd=scratch)
     try:
-        os.fchown(fd, _OTHER_OWNER, _OTHER_OWNER)
-        os.setxattr(fd, Scheme.NATIVE.prefix + b"opaque", b"n")
-        os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3), dir_fd=scratch)
-        os.unlink(device, dir_fd=scratch)
-    except OSError:
+        disk.current.chown(fd, _OTHER_OWNER, _OTHER_OWNER)
+        disk.current.set_xattr(fd, Scheme.NATIVE.prefix + b"opaque", b"n")
+        disk.current.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3), dir_fd=scratch)
+        disk.current.unlink(device, dir_fd=scratch)
+    except OSError as error:
+        if error.errno in _FAILURES:
+            raise
         return Scheme.PLAIN
     finally:
         os.close(fd)
-        os.unlink(name, dir_fd=scratch)
+        disk.current.unlink(name, dir_fd=scratch)
     return Scheme.NATIVE
 
 
@@ -134,6 +140,52 @@ def recorded(path: bytes, status: os.stat_result) -> tuple[int, int, int, int]:
         raise StoreDamaged(
             f"{where}: its xattr {RECORD.decode()} is {record!r}: unmount, then check --repair"
         ) from None
+
+
+def record(fd: int, at: disk.Target, mode: int, uid: int, gid: int, rdev: int) -> None:
+    """PLAIN: make mode, owner and device what is asked, in the file itself or else in its record.
+
+    `at` leads to `fd`, which may be O_PATH. Raises NotPermitted, with the mode made, for what has no record.
+    """
+    status = os.fstat(fd)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        if not stat.S_ISLNK(mode):
+            disk.current.chmod(at, stat.S_IMODE(mode))
+        if (uid, gid) != (status.st_uid, status.st_gid):
+            raise NotPermitted("a plain user's store cannot keep owners of links, FIFOs and sockets")
+        return
+    needed = 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
+    real = mode & 0o777 | needed
+    wanted = (mode, uid, gid, rdev)
+    needs_record = wanted != (stat.S_IFMT(status.st_mode) | real, status.st_uid, status.st_gid, 0)
+    # While there is a record, that is what shows, whatever the file's own mode is.
+    if needs_record:
+        disk.current.set_xattr(at, RECORD, b"%o:%d:%d:%d" % wanted)
+    if stat.S_IMODE(status.st_mode) != real:
+        try:
+            disk.current.chmod(at, real)
+        except OSError:
+            if not needs_record:
+                raise
+    if not needs_record:
+        _remove_xattr(at, RECORD)
+
+
+def put_access(fd: int, old: bytes | None, new: bytes | None) -> None:
+    """PLAIN: make the access ACL of `fd`, `old` until now, `new`; None is none."""
+    if new is not None and new != old:
+        disk.current.set_xattr(proc_path(fd), PLAIN_ACCESS, new)
+    elif new is None and old is not None:
+        _remove_xattr(proc_path(fd), PLAIN_ACCESS)
+
+
+def _remove_xattr(at: disk.Target, name: bytes) -> None:
+    """Of a file that may not have it."""
+    try:
+        disk.current.remove_xattr(at, name)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise
 
 
 def _parse_record(record: bytes, real_mode: int) -> tuple[int, int, int, int]:

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import metadata, oci
+from . import disk, metadata, oci
 from .containers import Bindings, Container, Containers, Draft, Hold
 from .downloads import discard_download
 from .durable import Scratch, Workspace, read_file, read_intent
@@ -728,7 +728,7 @@ class Store:
         """A descriptor of a new file, to read and write, on the filesystem of the store: gone with it."""
         with self._workspace.scratch() as scratch:
             fd = scratch.create("unnamed")
-            os.unlink(scratch.join("unnamed"))
+            disk.current.unlink(scratch.join("unnamed"))
             return fd
 
     def run_scratch(self) -> Scratch:

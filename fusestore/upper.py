@@ -10,7 +10,8 @@ mind, the root has ``…overlay.fusestore.moved`` = "y" as soon as fusestore has
 image, and a copy has ``…overlay.fusestore.origin`` = "layer:inode there" of what it is a copy of. What the
 xattrs are called in full, and where owners and modes are, `fusestore.scheme` says.
 
-What must appear whole is made in the scratch directory and renamed into place.
+What must appear whole is made in the scratch directory and renamed into place. One step is not enough only
+where PLAIN sets an ACL and with it the mode: between the two the ACL, which is what counts, is the new one.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import acl
+from . import acl, disk
 from .errors import NoAttribute, NotPermitted, NotSupported
 from .nodes import WHITEOUT_RDEV, Attr, Xattrs
-from .scheme import PLAIN_ACCESS, RECORD, Scheme, get_xattr, is_own, proc_path, recorded
-from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
+from .scheme import PLAIN_ACCESS, Scheme, get_xattr, is_own, proc_path, put_access, record, recorded
+from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from .union import Ref, UpperEntry
 
 __all__ = ["Birth", "Found", "Upper"]
@@ -67,6 +68,17 @@ _PLAIN_ENTRY = UpperEntry()
 def _temporary() -> bytes:
     """A name that is free in the scratch directory."""
     return b"%x" % next(_serial)
+
+
+def _given_away(mode: int) -> int:
+    """What chown(2) leaves of a mode (fs/attr.c, setattr_prepare and setattr_should_drop_suidgid)."""
+    if stat.S_ISDIR(mode):
+        return mode
+    return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+
+
+def _is_so(status: os.stat_result, birth: Birth) -> bool:
+    return (status.st_mode, status.st_uid, status.st_gid) == (birth.mode, birth.uid, birth.gid)
 
 
 class Upper:
@@ -165,55 +177,51 @@ class Upper:
 
     def chmod(self, fd: int, mode: int) -> None:
         if self._is_plain:
-            access = get_xattr(proc_path(fd), PLAIN_ACCESS)
-            if access is not None:
-                os.setxattr(proc_path(fd), PLAIN_ACCESS, acl.with_mode(access, mode))
-            self._record_mode(fd, mode)
+            before = get_xattr(proc_path(fd), PLAIN_ACCESS)
+            access = None if before is None else acl.with_mode(before, mode)
+            self._record_access(fd, before, access, mode)
         else:
-            os.chmod(proc_path(fd), mode & _PERMISSIONS)
+            disk.current.chmod(proc_path(fd), mode & _PERMISSIONS)
 
     def chown(self, fd: int, uid: int, gid: int) -> None:
-        """-1 leaves one as it is."""
+        """-1 leaves one as it is. What chown(2) takes from a file goes in the same step: set-user-ID."""
         if self._is_plain:
             attr = self.attr(fd)
             wanted = (attr.uid if uid == -1 else uid, attr.gid if gid == -1 else gid)
             if wanted != (attr.uid, attr.gid):
-                self._record(fd, attr.mode, *wanted, attr.rdev)
+                record(fd, proc_path(fd), _given_away(attr.mode), *wanted, attr.rdev)
         else:
-            os.chown(proc_path(fd), uid, gid)
+            disk.current.chown(proc_path(fd), uid, gid)
 
     def utimens(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
         """None leaves one as it is."""
         status = os.fstat(fd)
         atime_ns = status.st_atime_ns if atime_ns is None else atime_ns
         mtime_ns = status.st_mtime_ns if mtime_ns is None else mtime_ns
-        os.utime(proc_path(fd), ns=(atime_ns, mtime_ns))
+        disk.current.utime(proc_path(fd), atime_ns, mtime_ns)
 
     def truncate(self, fd: int, size: int) -> None:
-        os.truncate(proc_path(fd), size)
+        disk.current.truncate(proc_path(fd), size)
 
     def set_xattr(self, fd: int, name: bytes, value: bytes) -> None:
         """Raises NotSupported for what only a file system itself gives a meaning."""
         if self._is_plain and name.startswith(b"system.") and name != acl.DEFAULT:
             raise NotSupported("of system.* a plain user's store keeps ACLs only")
-        os.setxattr(proc_path(fd), self.scheme.stored_name(name), value)
+        disk.current.set_xattr(proc_path(fd), self.scheme.stored_name(name), value)
 
     def set_access(self, fd: int, value: bytes) -> None:
         """Set the access ACL, and with it the mode. An ACL that says no more than a mode is not kept."""
         if not self._is_plain:
-            os.setxattr(proc_path(fd), acl.ACCESS, value)
+            disk.current.set_xattr(proc_path(fd), acl.ACCESS, value)
             return
         mode, says_all = acl.mode_of(value, self.attr(fd).mode)
-        if not says_all:
-            os.setxattr(proc_path(fd), PLAIN_ACCESS, value)
-        elif get_xattr(proc_path(fd), PLAIN_ACCESS) is not None:
-            os.removexattr(proc_path(fd), PLAIN_ACCESS)
-        self._record_mode(fd, mode)
+        before = get_xattr(proc_path(fd), PLAIN_ACCESS)
+        self._record_access(fd, before, None if says_all else value, mode)
 
     def remove_xattr(self, fd: int, name: bytes) -> None:
         """Raises NoAttribute."""
         try:
-            os.removexattr(proc_path(fd), self.scheme.stored_name(name))
+            disk.current.remove_xattr(proc_path(fd), self.scheme.stored_name(name))
         except OSError as error:
             if error.errno == errno.ENODATA:
                 raise NoAttribute("no such attribute") from None
@@ -221,17 +229,17 @@ class Upper:
 
     def set_opaque(self, fd: int) -> None:
         """The directory hides what the layers have under its name."""
-        os.setxattr(proc_path(fd), self._prefix + b"opaque", b"y")
+        disk.current.set_xattr(proc_path(fd), self._prefix + b"opaque", b"y")
 
     def set_redirect(self, fd: int, path: bytes) -> None:
         """The directory merges with the lower one at `path`, which is absolute in the image."""
-        os.setxattr(proc_path(self.root), self._prefix + _MOVED, b"y")
-        os.setxattr(proc_path(fd), self._prefix + b"redirect", path)
+        disk.current.set_xattr(proc_path(self.root), self._prefix + _MOVED, b"y")
+        disk.current.set_xattr(proc_path(fd), self._prefix + b"redirect", path)
 
     def set_origin(self, fd: int, origin: Ref) -> None:
         """`fd` is a copy of a layer's object. Not kept where that takes an xattr the file cannot have."""
         with contextlib.suppress(OSError):
-            os.setxattr(proc_path(fd), self._prefix + _ORIGIN, b"%d:%d" % origin)
+            disk.current.set_xattr(proc_path(fd), self._prefix + _ORIGIN, b"%d:%d" % origin)
 
     def origin(self, directory: int, name: bytes) -> Ref | None:
         """What `set_origin` said of the object `name`."""
@@ -283,38 +291,51 @@ class Upper:
     # Making, in place
 
     def make_file(self, directory: int, name: bytes, birth: Birth, replaces: bool) -> int:
-        """Create a regular file and open it read-write; `replaces` a whiteout of that name when told so."""
-        home, temporary = (self._scratch, _temporary()) if replaces else (directory, name)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(temporary, flags, 0o600, dir_fd=home)
+        """Create a regular file and open it read-write; `replaces` a whiteout of that name when told so.
+
+        It has its name when it has its owner and mode, and not before.
+        """
+        in_place = not replaces and self._is_born_so(birth)
+        home, temporary = (directory, name) if in_place else (self._scratch, _temporary())
+        mode = birth.mode & _PERMISSIONS if in_place else 0o600
+        fd = disk.current.create(temporary, mode, dir_fd=home)
         try:
-            self._dress(fd, birth, 0)
-            if replaces:
-                renameat2(home, temporary, directory, name)
+            if not in_place:
+                self._dress(fd, birth, 0, fd)
+                self._appear(temporary, directory, name, replaces)
+            elif not _is_so(os.fstat(fd), birth):  # this process's umask had a say
+                self._dress(fd, birth, 0, fd)
         except BaseException:
             os.close(fd)
-            os.unlink(temporary, dir_fd=home)
+            disk.current.unlink(temporary, dir_fd=home)
             raise
         return fd
+
+    def _is_born_so(self, birth: Birth) -> bool:
+        """Whether open(2) alone makes it: it is this process's, and PLAIN needs no record of it."""
+        is_own = birth.uid == os.geteuid() and birth.gid == os.getegid() and not birth.xattrs
+        return is_own and not (self._is_plain and (birth.mode & 0o7600) != 0o600)
 
     def make_directory(self, directory: int, name: bytes, birth: Birth, replaces: bool) -> None:
         """Create a directory; one that `replaces` a whiteout is opaque, for the whiteout hid a lower one."""
         temporary = _temporary()
-        os.mkdir(temporary, 0o700, dir_fd=self._scratch)
+        disk.current.mkdir(temporary, 0o700, dir_fd=self._scratch)
         try:
             with self._opened(self._scratch, temporary) as fd:
-                self._dress(fd, birth, 0)
+                self._dress(fd, birth, 0, proc_path(fd))
                 if replaces:
                     self.set_opaque(fd)
             if replaces:
-                renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
-                os.unlink(temporary, dir_fd=self._scratch)
+                disk.current.renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
             else:
-                renameat2(self._scratch, temporary, directory, name, RENAME_NOREPLACE)
+                disk.current.renameat2(self._scratch, temporary, directory, name, RENAME_NOREPLACE)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.rmdir(temporary, dir_fd=self._scratch)
+                disk.current.rmdir(temporary, dir_fd=self._scratch)
             raise
+        if replaces:
+            with contextlib.suppress(OSError):  # the whiteout; the scratch directory takes it along
+                disk.current.unlink(temporary, dir_fd=self._scratch)
 
     def make_node(self, directory: int, name: bytes, birth: Birth, rdev: int, replaces: bool) -> None:
         """Create a device, FIFO, socket or (mknod's other use) an empty regular file."""
@@ -324,13 +345,13 @@ class Upper:
 
     def make_symlink(self, directory: int, name: bytes, target: bytes, birth: Birth, replaces: bool) -> None:
         temporary = _temporary()
-        os.symlink(target, temporary, dir_fd=self._scratch)
+        disk.current.symlink(target, temporary, dir_fd=self._scratch)
         self._settle(temporary, birth, 0, directory, name, replaces)
 
     def link(self, fd: int, directory: int, name: bytes, replaces: bool) -> None:
         """One more name for the object `fd`."""
         home, temporary = (self._scratch, _temporary()) if replaces else (directory, name)
-        os.link(proc_path(fd), temporary, dst_dir_fd=home, follow_symlinks=True)
+        disk.current.link(proc_path(fd), temporary, dir_fd=home)
         if replaces:
             self._place(temporary, directory, name, replaces)
 
@@ -339,29 +360,35 @@ class Upper:
     ) -> None:
         try:
             with self._opened(self._scratch, temporary) as fd:
-                self._dress(fd, birth, rdev)
-            renameat2(self._scratch, temporary, directory, name, 0 if replaces else RENAME_NOREPLACE)
+                self._dress(fd, birth, rdev, proc_path(fd))
+            self._appear(temporary, directory, name, replaces)
         except BaseException:
-            os.unlink(temporary, dir_fd=self._scratch)
+            disk.current.unlink(temporary, dir_fd=self._scratch)
             raise
+
+    def _appear(self, temporary: bytes, directory: int, name: bytes, replaces: bool) -> None:
+        """A non-directory of the scratch directory gets its name: over a whiteout, or where nothing is."""
+        flags = 0 if replaces else RENAME_NOREPLACE
+        disk.current.renameat2(self._scratch, temporary, directory, name, flags)
 
     # Taking away
 
     def remove(self, directory: int, name: bytes) -> None:
         """Unlink a non-directory that no layer has below."""
-        os.unlink(name, dir_fd=directory)
+        disk.current.unlink(name, dir_fd=directory)
 
     def remove_directory(self, directory: int, name: bytes, leave_whiteout: bool) -> None:
         """Remove a directory with at most whiteouts in it. They go after it: nothing they hide appears."""
         if leave_whiteout:
             temporary = self._link_whiteout()
-            renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
+            disk.current.renameat2(self._scratch, temporary, directory, name, RENAME_EXCHANGE)
         else:
             temporary = _temporary()
-            renameat2(directory, name, self._scratch, temporary)
-        with self._opened(self._scratch, temporary) as fd:
-            self._unlink_whiteouts(fd)
-        os.rmdir(temporary, dir_fd=self._scratch)
+            disk.current.renameat2(directory, name, self._scratch, temporary)
+        with contextlib.suppress(OSError):  # it is removed; the rest goes with the scratch directory
+            with self._opened(self._scratch, temporary) as fd:
+                self._unlink_whiteouts(fd)
+            disk.current.rmdir(temporary, dir_fd=self._scratch)
 
     def clear_whiteouts(self, fd: int) -> None:
         """Empty a directory that shows nothing, where it is: opaque first, then no whiteout is needed."""
@@ -371,7 +398,7 @@ class Upper:
     def _unlink_whiteouts(self, fd: int) -> None:
         for name, found in self.listing(fd):
             if found.entry.is_whiteout:
-                os.unlink(name, dir_fd=fd)
+                disk.current.unlink(name, dir_fd=fd)
 
     def put_whiteout(self, directory: int, name: bytes, replaces: bool) -> None:
         """Hide a lower name; `replaces` an upper non-directory of that name in the same step."""
@@ -381,9 +408,9 @@ class Upper:
     def _place(self, temporary: bytes, directory: int, name: bytes, replaces: bool) -> None:
         """Rename a non-directory out of the scratch directory, or unlink it there."""
         try:
-            renameat2(self._scratch, temporary, directory, name, 0 if replaces else RENAME_NOREPLACE)
+            self._appear(temporary, directory, name, replaces)
         except BaseException:
-            os.unlink(temporary, dir_fd=self._scratch)
+            disk.current.unlink(temporary, dir_fd=self._scratch)
             raise
 
     def _link_whiteout(self) -> bytes:
@@ -391,19 +418,22 @@ class Upper:
         temporary = _temporary()
         if self._whiteout is not None:
             try:
-                os.link(self._whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
+                self._link_in_scratch(self._whiteout, temporary)
                 return temporary
             except OSError as error:
                 if error.errno not in (errno.EMLINK, errno.EPERM, errno.ENOENT):
                     raise
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._whiteout, dir_fd=self._scratch)
+                    disk.current.unlink(self._whiteout, dir_fd=self._scratch)
                 self._whiteout = None
         whiteout = _temporary()
-        os.mknod(whiteout, stat.S_IFCHR, WHITEOUT_RDEV, dir_fd=self._scratch)
+        disk.current.mknod(whiteout, stat.S_IFCHR, WHITEOUT_RDEV, dir_fd=self._scratch)
         self._whiteout = whiteout
-        os.link(whiteout, temporary, src_dir_fd=self._scratch, dst_dir_fd=self._scratch)
+        self._link_in_scratch(whiteout, temporary)
         return temporary
+
+    def _link_in_scratch(self, source: bytes, name: bytes) -> None:
+        disk.current.link(b"%b/%b" % (proc_path(self._scratch), source), name, dir_fd=self._scratch)
 
     # Moving
 
@@ -419,33 +449,34 @@ class Upper:
         """rename(2) within the upper, in one step; a whiteout stays behind where a layer has the old name."""
         if over_whiteout:
             # A directory cannot be renamed over a device: they change places, and the whiteout stays or goes.
-            renameat2(directory, name, new_directory, new_name, RENAME_EXCHANGE)
+            disk.current.renameat2(directory, name, new_directory, new_name, RENAME_EXCHANGE)
             if not leave_whiteout:
-                os.unlink(name, dir_fd=directory)
+                with contextlib.suppress(OSError):  # it is moved; one that hides nothing does no harm
+                    disk.current.unlink(name, dir_fd=directory)
         else:
-            renameat2(directory, name, new_directory, new_name, RENAME_WHITEOUT if leave_whiteout else 0)
+            flags = RENAME_WHITEOUT if leave_whiteout else 0
+            disk.current.renameat2(directory, name, new_directory, new_name, flags)
 
     def exchange(self, directory: int, name: bytes, other_directory: int, other_name: bytes) -> None:
-        renameat2(directory, name, other_directory, other_name, RENAME_EXCHANGE)
+        disk.current.renameat2(directory, name, other_directory, other_name, RENAME_EXCHANGE)
 
     # Copy-up
 
     def stage(self) -> tuple[bytes, int]:
         """An empty file in the scratch directory: its name, and a descriptor, the caller's to close."""
         name = _temporary()
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        return name, os.open(name, flags, 0o600, dir_fd=self._scratch)
+        return name, disk.current.create(name, 0o600, dir_fd=self._scratch)
 
     def unstage(self, name: bytes) -> None:
-        os.unlink(name, dir_fd=self._scratch)
+        disk.current.unlink(name, dir_fd=self._scratch)
 
     def dress_copy(self, fd: int, attr: Attr, xattrs: Xattrs) -> None:
         """Give a staged file the attributes of what it is a copy of, times last.
 
         Links, FIFOs and sockets lose the xattrs that Linux lets no such object have.
         """
-        self._dress(fd, Birth(attr.mode, attr.uid, attr.gid, xattrs), attr.rdev)
-        os.utime(proc_path(fd), ns=(attr.atime_ns, attr.mtime_ns))
+        self._dress(fd, Birth(attr.mode, attr.uid, attr.gid, xattrs), attr.rdev, proc_path(fd))
+        disk.current.utime(proc_path(fd), attr.atime_ns, attr.mtime_ns)
 
     def publish(self, staged: bytes, directory: int, name: bytes) -> int:
         """The staged object appears as `name`, which no entry of the upper has.
@@ -455,7 +486,7 @@ class Upper:
         """
         fd = self.open(self._scratch, staged)
         try:
-            renameat2(self._scratch, staged, directory, name, RENAME_NOREPLACE)
+            disk.current.renameat2(self._scratch, staged, directory, name, RENAME_NOREPLACE)
         except BaseException:
             os.close(fd)
             raise
@@ -490,9 +521,9 @@ class Upper:
     def _stage_copy(self, attr: Attr, xattrs: Xattrs, target: bytes | None) -> bytes:
         staged = _temporary()
         if target is not None:
-            os.symlink(target, staged, dir_fd=self._scratch)
+            disk.current.symlink(target, staged, dir_fd=self._scratch)
         elif stat.S_ISDIR(attr.mode):
-            os.mkdir(staged, 0o700, dir_fd=self._scratch)
+            disk.current.mkdir(staged, 0o700, dir_fd=self._scratch)
         else:
             self._mknod(staged, attr.mode, attr.rdev)
         try:
@@ -504,7 +535,8 @@ class Upper:
         return staged
 
     def _unstage_copy(self, staged: bytes, attr: Attr) -> None:
-        (os.rmdir if stat.S_ISDIR(attr.mode) else os.unlink)(staged, dir_fd=self._scratch)
+        remove = disk.current.rmdir if stat.S_ISDIR(attr.mode) else disk.current.unlink
+        remove(staged, dir_fd=self._scratch)
 
     # How things are stored
 
@@ -512,46 +544,39 @@ class Upper:
         """A new object in the scratch directory: a plain user's devices are regular files with a record."""
         if self._is_plain and (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
             mode, rdev = stat.S_IFREG, 0
-        os.mknod(temporary, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=self._scratch)
+        disk.current.mknod(temporary, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=self._scratch)
 
-    def _dress(self, fd: int, birth: Birth, rdev: int) -> None:
-        """Give a new object its owner, mode and those xattrs that Linux lets it have."""
+    def _dress(self, fd: int, birth: Birth, rdev: int, at: disk.Target) -> None:
+        """Give a new object its owner, mode and those xattrs that Linux lets it have.
+
+        `at`: what leads to it, where `fd` is O_PATH; else that is quicker.
+        """
         mode, uid, gid, xattrs = birth
         if self._is_plain:
             with contextlib.suppress(NotPermitted):  # links, FIFOs and sockets stay the process's own
-                self._record(fd, mode, uid, gid, rdev)
+                record(fd, at, mode, uid, gid, rdev)
         else:
-            os.chown(proc_path(fd), uid, gid)
+            disk.current.chown(at, uid, gid)
             if not stat.S_ISLNK(mode):
-                os.chmod(proc_path(fd), mode & _PERMISSIONS)
+                disk.current.chmod(at, mode & _PERMISSIONS)
         for name, value in xattrs:
             if self.scheme.holds(mode, name):
-                os.setxattr(proc_path(fd), self.scheme.stored_name(name), value)
+                disk.current.set_xattr(at, self.scheme.stored_name(name), value)
 
-    def _record(self, fd: int, mode: int, uid: int, gid: int, rdev: int) -> None:
-        """PLAIN: make mode, owner and device what is asked, in the file itself or else in its record."""
-        status = os.fstat(fd)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            if not stat.S_ISLNK(mode):
-                os.chmod(proc_path(fd), mode & _PERMISSIONS)
-            if (uid, gid) != (status.st_uid, status.st_gid):
-                raise NotPermitted("a plain user's store cannot keep owners of links, FIFOs and sockets")
-            return
-        needed = 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
-        real = mode & 0o777 | needed
-        if stat.S_IMODE(status.st_mode) != real:
-            os.chmod(proc_path(fd), real)
-        wanted = (mode, uid, gid, rdev)
-        if wanted == (stat.S_IFMT(status.st_mode) | real, status.st_uid, status.st_gid, 0):
+    def _record_access(self, fd: int, before: bytes | None, access: bytes | None, mode: int) -> None:
+        """PLAIN: make the access ACL, `before` until now, and the mode what is asked, or leave both."""
+        put_access(fd, before, access)
+        try:
+            self._record_mode(fd, mode)
+        except BaseException:
             with contextlib.suppress(OSError):
-                os.removexattr(proc_path(fd), RECORD)
-        else:
-            os.setxattr(proc_path(fd), RECORD, b"%o:%d:%d:%d" % wanted)
+                put_access(fd, access, before)
+            raise
 
     def _record_mode(self, fd: int, mode: int) -> None:
-        """PLAIN: make the permissions what is asked."""
         attr = self.attr(fd)
-        self._record(fd, stat.S_IFMT(attr.mode) | mode & _PERMISSIONS, attr.uid, attr.gid, attr.rdev)
+        mode = stat.S_IFMT(attr.mode) | mode & _PERMISSIONS
+        record(fd, proc_path(fd), mode, attr.uid, attr.gid, attr.rdev)
 
     @contextlib.contextmanager
     def _opened(self, directory: int, name: bytes) -> Iterator[int]:

@@ -21,7 +21,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from . import acl
+from . import acl, disk
 from .blobs import LayerReader
 from .errors import (
     BadInput,
@@ -563,7 +563,7 @@ class WritableRootfs(Rootfs):
         except BaseException:
             for directory, name in done:
                 with self._times_kept(directory) as at:
-                    self._upper.remove(at, name)
+                    self._take_back(at, thing, name)
             if fd >= 0:
                 os.close(fd)
             raise
@@ -583,6 +583,12 @@ class WritableRootfs(Rootfs):
             directory.version += 1
         self._descriptors.used(thing)
 
+    def _take_back(self, directory: int, thing: Object, name: bytes) -> None:
+        if thing.format == stat.S_IFDIR:
+            self._upper.remove_directory(directory, name, leave_whiteout=False)
+        else:
+            self._upper.remove(directory, name)
+
     @contextlib.contextmanager
     def _times_kept(self, directory: Object) -> Iterator[int]:
         """Around a copy-up into a directory, whose times it does not change; its descriptor."""
@@ -599,23 +605,23 @@ class WritableRootfs(Rootfs):
         if thing.in_upper:
             fd = self._upper.reopen(self.descriptor(thing), os.O_RDONLY)
             try:
-                yield lambda: os.fsync(fd)
+                yield lambda: disk.current.fsync(fd)
             finally:
                 os.close(fd)
 
 
 def _copy_content(reader: LayerReader, extents: Sequence[Extent], length: int, fd: int) -> None:
     """The first `length` bytes of a lower file, holes left out, to disk. Blocking, in a worker thread."""
-    os.ftruncate(fd, length)
+    disk.current.truncate(fd, length)
     for extent in extents:
         end = min(extent.offset + extent.length, length)
         for offset in range(extent.offset, end, _COPY_CHUNK):
             count = min(_COPY_CHUNK, end - offset)
             data = reader.read(extent.source + offset - extent.offset, count)
-            if os.pwrite(fd, data, offset) != count:
+            if disk.current.pwrite(fd, data, offset) != count:
                 raise NoSpace("no space left for a copy in the container")
     if length:
-        os.fsync(fd)
+        disk.current.fsync(fd)
 
 
 def _may_set_group_id(caller: Caller, gid: int) -> bool:

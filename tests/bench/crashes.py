@@ -13,7 +13,6 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rig.crashes import OPERATIONS, exit_at, fresh, left_over, old_and_new, state
 from rig.ocisources import SourceMaker, tar_of
 from rig.powercut import Recorder, cuts
-from rig.stores import Crash, Dying, Failing, Full, Interrupted, Unsynced, open_at
+from rig.stores import Crash, Dying, Failing, Full, Interrupted, Unsynced, on_disk, open_at
 
-from fusestore import durable
+from fusestore import disk
 
 EXIT = "exit before and after each change"
 FAULTS: dict[str, type[Dying]] = {
@@ -63,15 +62,6 @@ def _image(path: Path, content: bytes) -> str:
     return maker.add(maker.image(layers), path.name).directory(path)
 
 
-@contextlib.contextmanager
-def _disk(disk: durable.Disk) -> Iterator[None]:
-    before, durable.disk = durable.disk, disk
-    try:
-        yield
-    finally:
-        durable.disk = before
-
-
 def _ends(
     table: Table, base: Path, name: str, two: str, old: dict[str, object], new: dict[str, object]
 ) -> None:
@@ -94,7 +84,7 @@ def _faults(
             with (
                 contextlib.suppress(Crash, OSError, KeyboardInterrupt),
                 open_at(place) as store,
-                _disk(kind(steps)),
+                on_disk(kind(steps)),
             ):
                 OPERATIONS[name](store, two)
                 done = True
@@ -109,7 +99,7 @@ def _power(table: Table, base: Path, name: str, two: str, randomly: int) -> None
     with open_at(place) as store:
         old = state(store)
         recorder = Recorder(place / "store")
-        with _disk(recorder):
+        with on_disk(recorder):
             OPERATIONS[name](store, two)
         new = state(store)
     for cut in cuts(recorder, randomly=randomly, seed=1):
@@ -124,7 +114,7 @@ def _power(table: Table, base: Path, name: str, two: str, randomly: int) -> None
 
 def main() -> int:
     randomly = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-    durable.disk = Unsynced()
+    disk.current = Unsynced()
     table = Table()
     for name in OPERATIONS:
         with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:

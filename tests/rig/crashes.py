@@ -9,7 +9,7 @@ from pathlib import Path
 from rig.ocisources import pulled
 from rig.stores import Exiting, open_at
 
-from fusestore import durable
+from fusestore import disk
 from fusestore.check import check
 from fusestore.commit import CommitOptions, commit
 from fusestore.drivers import snapshot
@@ -123,7 +123,7 @@ def exit_at(place: Path, operation: Callable[[Store, str], object], two: str, po
     if pid == 0:
         try:
             with open_at(place) as store:
-                durable.disk = Exiting(point)
+                disk.current = Exiting(point)
                 operation(store, two)
                 os._exit(0)
         finally:

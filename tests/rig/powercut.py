@@ -18,6 +18,8 @@ from pathlib import Path
 
 from rig.stores import Unsynced
 
+from fusestore.disk import Target
+
 __all__ = ["Cut", "Recorder", "State", "cuts"]
 
 
@@ -42,7 +44,13 @@ class Sync:
     """None: everything."""
 
 
-Change = Names | Write | Sync
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    inode: int
+    size: int
+
+
+Change = Names | Write | Truncate | Sync
 
 
 @dataclass
@@ -62,6 +70,8 @@ class State:
             old = self.files[change.inode].ljust(change.offset, b"\0")
             end = change.offset + len(change.data)
             self.files[change.inode] = old[: change.offset] + change.data + old[end:]
+        elif isinstance(change, Truncate):
+            self.files[change.inode] = self.files[change.inode][: change.size].ljust(change.size, b"\0")
         elif isinstance(change, Names):
             for directory, name, inode in change.goes:
                 if self.directories[directory].get(name) == inode:
@@ -92,6 +102,14 @@ class State:
             for name, below in sorted(self.directories[inode].items()):
                 found.update(name.encode() + b"\0" + self.digest(below))
         return found.digest()
+
+
+Name = str | bytes
+
+
+def _path(name: Name, dir_fd: int | None) -> str:
+    path = os.fsdecode(name)
+    return path if dir_fd is None else f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{path}"
 
 
 class Recorder(Unsynced):
@@ -152,21 +170,29 @@ class Recorder(Unsynced):
             keep(inode)
             self.changes.append(Names(comes=((*place, inode),)))
 
-    def mkdir(self, path: str, mode: int) -> None:
+    def mkdir(self, name: Name, mode: int, dir_fd: int | None = None) -> None:
         with self._lock:
-            super().mkdir(path, mode)
-            self._comes(path, lambda inode: self._born.directories.setdefault(inode, {}))
+            super().mkdir(name, mode, dir_fd)
+            self._comes(_path(name, dir_fd), lambda inode: self._born.directories.setdefault(inode, {}))
 
-    def create(self, path: str, mode: int) -> int:
+    def create(self, name: Name, mode: int, dir_fd: int | None = None) -> int:
         with self._lock:
-            fd = super().create(path, mode)
-            self._comes(path, lambda inode: self._born.files.setdefault(inode, b""))
+            fd = super().create(name, mode, dir_fd)
+            self._comes(_path(name, dir_fd), lambda inode: self._born.files.setdefault(inode, b""))
             return fd
 
-    def symlink(self, target: str, path: str) -> None:
+    def mknod(self, name: Name, mode: int, rdev: int, dir_fd: int) -> None:
+        """What it is does not matter here: it is a name like others."""
         with self._lock:
-            super().symlink(target, path)
-            self._comes(path, lambda inode: self._born.links.setdefault(inode, target))
+            super().mknod(name, mode, rdev, dir_fd)
+            self._comes(_path(name, dir_fd), lambda inode: self._born.files.setdefault(inode, b""))
+
+    def symlink(self, target: Name, name: Name, dir_fd: int | None = None) -> None:
+        with self._lock:
+            super().symlink(target, name, dir_fd)
+            self._comes(
+                _path(name, dir_fd), lambda inode: self._born.links.setdefault(inode, os.fsdecode(target))
+            )
 
     def write(self, fd: int, data: bytes | memoryview) -> int:
         with self._lock:
@@ -177,15 +203,42 @@ class Recorder(Unsynced):
                 self.changes.append(Write(inode, offset, bytes(data[:count])))
             return count
 
+    def truncate(self, what: Target, size: int) -> None:
+        with self._lock:
+            super().truncate(what, size)
+            inode = self._inodes.get(os.stat(what).st_ino)
+            if inode is not None:
+                self.changes.append(Truncate(inode, size))
+
     def fsync(self, fd: int) -> None:
         with self._lock:
+            self._meet(os.readlink(f"/proc/self/fd/{fd}"))
             inode = self._inodes.get(os.fstat(fd).st_ino)
             if inode is not None:
                 self.changes.append(Sync(inode))
 
+    fdatasync = fsync
+
     def syncfs(self, fd: int) -> None:
         with self._lock:
+            for directory, directories, files in os.walk(self._root):
+                for name in directories + files:
+                    self._meet(f"{directory}/{name}")
             self.changes.append(Sync(None))
+
+    def _meet(self, path: str) -> None:
+        """Notes what another program made when it is asked to last: until then any of it may be lost."""
+        if not f"{path}/".startswith(f"{self._root}/") or os.lstat(path).st_ino in self._inodes:
+            return
+        self._meet(os.path.dirname(path))
+        if os.path.islink(path):
+            self._comes(path, lambda inode: self._born.links.setdefault(inode, os.readlink(path)))
+        elif os.path.isdir(path):
+            self._comes(path, lambda inode: self._born.directories.setdefault(inode, {}))
+        else:
+            self._comes(path, lambda inode: self._born.files.setdefault(inode, b""))
+            content = Path(path).read_bytes()
+            self.changes.append(Write(self._inode_at(path), 0, content))
 
     def rename(self, source: str, target: str) -> None:
         with self._lock:
@@ -195,19 +248,21 @@ class Recorder(Unsynced):
             if old is not None and new is not None:
                 self.changes.append(Names(comes=((*new, inode),), goes=((*old, inode),)))
 
-    def unlink(self, path: str) -> None:
-        self._goes(path, super().unlink)
+    def unlink(self, name: Name, dir_fd: int | None = None) -> None:
+        self._goes(_path(name, dir_fd), super().unlink)
 
-    def rmdir(self, path: str) -> None:
-        self._goes(path, super().rmdir)
+    def rmdir(self, name: Name, dir_fd: int | None = None) -> None:
+        self._goes(_path(name, dir_fd), super().rmdir)
 
     def _goes(self, path: str, remove: Callable[[str], None]) -> None:
         with self._lock:
             place = self._place(path)
-            inode = self._inode_at(path) if place is not None else -1
+            number = os.lstat(path).st_ino
+            inode = self._inodes[number] if place is not None else -1
             remove(path)
             if place is not None:
                 self.changes.append(Names(goes=((*place, inode),)))
+                del self._inodes[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +318,7 @@ def _split(changes: list[Change]) -> tuple[list[int], list[int]]:
 def _makes_last(inode: int | None, change: Change) -> bool:
     if inode is None:
         return True
-    if isinstance(change, Write):
+    if isinstance(change, Write | Truncate):
         return change.inode == inode
     if isinstance(change, Names):
         return any(directory == inode for directory, _, _ in (*change.comes, *change.goes))

@@ -3,13 +3,15 @@
 import builtins
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fusestore import durable
+from fusestore import disk
+from fusestore.disk import Disk
 from fusestore.store import Store
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Interrupted",
     "Unsynced",
     "fail_to_open",
+    "on_disk",
     "open_at",
 ]
 
@@ -50,14 +53,27 @@ def fail_to_open(patch: pytest.MonkeyPatch, wanted: str | os.PathLike[str], numb
     patch.setattr(os, "open", os_opened)
 
 
+@contextmanager
+def on_disk(other: Disk) -> Iterator[None]:
+    """Whatever is changed is changed through `other`."""
+    before, disk.current = disk.current, other
+    try:
+        yield
+    finally:
+        disk.current = before
+
+
 class Crash(BaseException):
     """The process is gone: not an Exception, nothing may tidy up after it."""
 
 
-class Unsynced(durable.Disk):
+class Unsynced(Disk):
     """A process that dies loses nothing it wrote: fsync is for power cuts, and slow."""
 
     def fsync(self, fd: int) -> None:
+        pass
+
+    def fdatasync(self, fd: int) -> None:
         pass
 
     def syncfs(self, fd: int) -> None:
@@ -86,8 +102,11 @@ class Exiting(Unsynced):
 
     def step(self) -> None:
         if self.left == 0:
-            os._exit(self.CODE)
+            self.end()
         self.left -= 1
+
+    def end(self) -> None:
+        os._exit(self.CODE)
 
 
 class Failing(Dying):
@@ -120,40 +139,30 @@ class Full(Dying):
     def step(self) -> None:
         self.left -= 1
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        self.step()
         if self.left < 0:
             raise OSError(errno.ENOSPC, "no space")
 
-    def write(self, fd: int, data: bytes | memoryview) -> int:
-        self._make()
-        return super().write(fd, data)
 
-    def mkdir(self, path: str, mode: int) -> None:
-        self._make()
-        super().mkdir(path, mode)
-
-    def create(self, path: str, mode: int) -> int:
-        self._make()
-        return super().create(path, mode)
-
-    def symlink(self, target: str, path: str) -> None:
-        self._make()
-        super().symlink(target, path)
-
-
-def _stepping(name: str, *, and_after: bool) -> Callable[..., Any]:
+def _stepping(name: str, before: str, after: str | None = None) -> Callable[..., Any]:
     real = getattr(Unsynced, name)
 
-    def primitive(self: Any, *args: Any) -> Any:
-        self.step()
-        found = real(self, *args)
-        if and_after:
-            self.step()
+    def primitive(self: Any, *args: Any, **kwargs: Any) -> Any:
+        getattr(self, before)()
+        found = real(self, *args, **kwargs)
+        if after is not None:
+            getattr(self, after)()
         return found
 
     return primitive
 
 
-for _name in ("write", "fsync", "syncfs", "mkdir", "create", "symlink", "rename", "unlink", "rmdir"):
-    setattr(Dying, _name, _stepping(_name, and_after=False))
-    setattr(Exiting, _name, _stepping(_name, and_after=True))
+PRIMITIVES = tuple(name for name in vars(Disk) if not name.startswith("_"))
+_MAKING = ("create", "link", "mkdir", "mknod", "pwrite", "set_xattr", "symlink", "write")
+
+for _name in PRIMITIVES:
+    setattr(Dying, _name, _stepping(_name, "step"))
+    setattr(Exiting, _name, _stepping(_name, "step", "step"))
+for _name in _MAKING:
+    setattr(Full, _name, _stepping(_name, "make"))

@@ -7,7 +7,7 @@ import pytest
 from rig.ocisources import SourceMaker, tar_of
 from rig.stores import Unsynced, open_at
 
-from fusestore import durable
+from fusestore import disk
 from fusestore.check import check
 from fusestore.store import Store
 
@@ -33,7 +33,7 @@ def two(tmp_path: Path) -> str:
 @pytest.fixture
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     """No fsync: what a power cut would lose is not the point."""
-    monkeypatch.setattr(durable, "disk", Unsynced())
+    monkeypatch.setattr(disk, "current", Unsynced())
 
 
 @pytest.fixture

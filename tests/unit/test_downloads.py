@@ -10,7 +10,7 @@ import pytest
 from rig.ocisources import SourceMaker, pulled, tar_of
 from rig.stores import Unsynced, open_at
 
-from fusestore import durable
+from fusestore import disk, durable
 from fusestore.errors import LayerRefused, RegistryFailed
 from fusestore.reclaim import reclaim, usage
 from fusestore.store import Store
@@ -104,7 +104,7 @@ class _Ending(Unsynced):
 def test_ctrl_c_keeps_what_came_and_a_full_disk_has_its_space_back(
     store: Store, big: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, kept: int
 ) -> None:
-    monkeypatch.setattr(durable, "disk", _Ending(error))
+    monkeypatch.setattr(disk, "current", _Ending(error))
     with pytest.raises(type(error)):
         store.import_source(lambda _: pulled(big))
     assert [path.stat().st_size > CUT for path in _kept(store)] == kept * [True]

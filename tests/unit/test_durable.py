@@ -13,8 +13,9 @@ import pytest
 from rig.deep import deepen
 from rig.stores import fail_to_open
 
-from fusestore import durable
-from fusestore.durable import Disk, Workspace, lock_directory, read_file
+from fusestore import disk
+from fusestore.disk import Disk
+from fusestore.durable import Workspace, lock_directory, read_file
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ class Recorder(Disk):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(durable, "disk", recorder)
+    monkeypatch.setattr(disk, "current", recorder)
     return recorder
 
 
@@ -250,7 +251,7 @@ def test_trash_that_resists_does_not_keep_the_rest(
     for name in ("a", "b", "c"):
         (tmp_path / "trash" / name).touch()
 
-    def unlink(self: Disk, path: str) -> None:
+    def unlink(self: Disk, path: str, dir_fd: None = None) -> None:
         if path.endswith("/b"):
             raise PermissionError(errno.EPERM, "immutable")
         os.unlink(path)

@@ -9,7 +9,7 @@ from rig.crashes import OPERATIONS, STRIDES, left_over, prepare, state
 from rig.powercut import Recorder, Sync, cuts
 from rig.stores import open_at
 
-from fusestore import durable
+from fusestore import disk
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -23,7 +23,7 @@ def test_the_old_state_or_the_new(
         old = state(store)
         recorder = Recorder(tmp_path / "store")
         with monkeypatch.context() as patch:
-            patch.setattr(durable, "disk", recorder)
+            patch.setattr(disk, "current", recorder)
             OPERATIONS[name](store, two)
         new = state(store)
     assert (new == old) == (name == "empty the trash")
@@ -43,7 +43,7 @@ def test_without_fsync_something_is_lost(tmp_path: Path, one: str, monkeypatch: 
     with open_at(tmp_path) as store:
         store.import_image(one)
         recorder = Recorder(tmp_path / "store")
-        monkeypatch.setattr(durable, "disk", recorder)
+        monkeypatch.setattr(disk, "current", recorder)
         store.create_container(container_id="new")
     recorder.changes = [change for change in recorder.changes if not isinstance(change, Sync)]
     found = set()

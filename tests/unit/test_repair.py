@@ -12,7 +12,7 @@ from rig.damage import DAMAGE, PLAIN_DAMAGE, Damage, change_middle, layer_blobs
 from rig.ocisources import SourceMaker, tar_of
 from rig.stores import Crash, Dying, open_at
 
-from fusestore import durable
+from fusestore import disk, durable
 from fusestore.check import check
 from fusestore.errors import Busy
 from fusestore.repair import repair
@@ -115,7 +115,7 @@ def test_a_crash_at_every_step(
     for steps in range(0, 1000, 3):
         done = False
         with monkeypatch.context() as patch, open_at(tmp_path) as store:
-            patch.setattr(durable, "disk", Dying(steps))
+            patch.setattr(disk, "current", Dying(steps))
             try:
                 repair(store, lambda line: None)
                 done = True

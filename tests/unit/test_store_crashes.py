@@ -10,7 +10,7 @@ import pytest
 from rig.crashes import OPERATIONS, STRIDES, exit_at, fresh, left_over, old_and_new, prepare, state
 from rig.stores import Crash, Dying, Failing, Full, Interrupted, open_at
 
-from fusestore import durable
+from fusestore import disk
 from fusestore.check import check
 from fusestore.store import Store
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 def run_until(
-    disk: Dying,
+    dying: Dying,
     tmp_path: Path,
     operation: Callable[[Store, str], object],
     two: str,
@@ -31,7 +31,7 @@ def run_until(
         monkeypatch.context() as patch,
         open_at(tmp_path) as store,
     ):
-        patch.setattr(durable, "disk", disk)
+        patch.setattr(disk, "current", dying)
         operation(store, two)
         done = True
     return done
@@ -67,15 +67,15 @@ def test_whoever_goes_on_after_an_error_has_the_old_or_the_new(
     """And hears which error it was, an errno of `Failing` in turn; what was not done can be done again."""
     old, new = old_and_new(tmp_path, one, two, OPERATIONS[name])
     for steps in range(0, 1000, STRIDES.get(name, 1)):
-        disk = fault(steps)
+        failing = fault(steps)
         with open_at(fresh(tmp_path, steps)) as store:
             try:
                 with monkeypatch.context() as patch:
-                    patch.setattr(durable, "disk", disk)
+                    patch.setattr(disk, "current", failing)
                     OPERATIONS[name](store, two)
                 return
             except OSError as error:
-                assert isinstance(disk, Failing) and error.errno == disk.number
+                assert isinstance(failing, Failing) and error.errno == failing.number
             except KeyboardInterrupt:
                 assert fault is Interrupted
             assert state(store) in (old, new), f"after {steps} steps"
@@ -97,7 +97,7 @@ def test_an_intent_that_cannot_be_fulfilled_stays(
         if run_until(Dying(steps), place, rename, "", monkeypatch):
             break
         with monkeypatch.context() as patch:
-            patch.setattr(durable, "disk", Full(0))
+            patch.setattr(disk, "current", Full(0))
             with open_at(place) as store:
                 moved = store.container_ids()
         with open_at(place) as store:
@@ -130,7 +130,7 @@ def test_making_a_store_after_every_step(tmp_path: Path, monkeypatch: pytest.Mon
         place = tmp_path / str(steps)
         place.mkdir()
         with monkeypatch.context() as patch:
-            patch.setattr(durable, "disk", Dying(steps))
+            patch.setattr(disk, "current", Dying(steps))
             with contextlib.suppress(Crash):
                 open_at(place).close()
                 break

@@ -12,6 +12,7 @@ import pytest
 from rig.deep import deepen, few_descriptors
 from rig.people import Person
 from rig.requirements import need
+from rig.stores import Failing, on_disk
 
 from fusestore.acl import DEFAULT
 from fusestore.errors import NoAttribute, NotPermitted, StoreDamaged
@@ -188,6 +189,12 @@ def test_listing_and_find_agree(place: Place) -> None:
     }
 
 
+def test_a_failing_disk_says_nothing_of_what_is_allowed(native: Place) -> None:
+    for step in range(5):
+        with on_disk(Failing(step)), pytest.raises(OSError):
+            find_scheme(native.upper._scratch)
+
+
 # Making
 
 
@@ -247,7 +254,7 @@ def test_a_file_that_cannot_be_dressed_is_not_there(place: Place, monkeypatch: p
     monkeypatch.setattr(place.upper, "_dress", refuse)
     for replaces in (False, True):
         with pytest.raises(OSError, match="quota"):
-            place.upper.make_file(place.root, b"a", Birth(stat.S_IFREG | 0o644, 0, 0), replaces)
+            place.upper.make_file(place.root, b"a", Birth(stat.S_IFREG | 0o644, 12, 34), replaces)
     assert not os.listdir(place.path) and not os.listdir(place.scratch)
 
 

@@ -10,6 +10,7 @@ import pytest
 from rig.layers import MTIME_NS, Member, device, directory, fifo, file, hard_link, layer, symlink
 from rig.treecalls import CALLER, Area, FakeKernel, errno_from
 
+from fusestore import disk
 from fusestore.errors import NotFound
 from fusestore.inodes import Caller, Changes, run
 from fusestore.objects import Object
@@ -376,7 +377,7 @@ def test_a_directory_that_cannot_be_removed_shows_nothing_it_hid(
         raise OSError(errno.EIO, "broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fusestore.upper.renameat2", refuse)
+        patch.setattr(disk.Disk, "renameat2", refuse)
         assert errno_from(kernel.rmdir, b"d/e") == errno.EIO
     assert kernel.rootfs.listing(kernel.node(b"d/e")) == []
     kernel = _again(area, kernel)
