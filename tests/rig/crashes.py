@@ -3,17 +3,29 @@
 import os
 import shutil
 import stat
+import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-from rig.ocisources import pulled
+from rig.ocisources import OCI, SourceMaker, pulled
+from rig.stargz import make_stargz
 from rig.stores import Exiting, open_at
 
 from fusestore import disk
 from fusestore.check import check
+from fusestore.clone import clone
 from fusestore.commit import CommitOptions, commit
 from fusestore.drivers import snapshot
+from fusestore.layout import Layout
+from fusestore.lazylayer import Origins
+from fusestore.reclaim import reclaim
+from fusestore.reference import Reference, parse_reference
+from fusestore.registry import RegistryOptions
+from fusestore.sources import Source, open_source
 from fusestore.store import Store
+from fusestore.transfer import _in_parts
 
 __all__ = ["OPERATIONS", "STRIDES", "exit_at", "fresh", "left_over", "old_and_new", "prepare", "state"]
 
@@ -30,16 +42,31 @@ def state(store: Store) -> dict[str, object]:
         "names": store.image_names(),
         "containers": documents,
         "container names": store.container_names(),
-        "hydrated": {
-            image.id: [store.local_tar(layer) is not None for layer in image.layers]
+        "layers": {
+            image.id: [(store.local_tar(layer) is not None, store.is_lazy(layer)) for layer in image.layers]
             for image in store.images()
         },
+        "written": {container_id: _files(Path(store.upper_dir(container_id))) for container_id in documents},
+        "for the kernel": [
+            image.id
+            for image in store.images()
+            if os.path.exists(Layout(store.path).metadata_image(image.id))
+        ],
     }
 
 
+def _files(root: Path) -> dict[str, bytes]:
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
 def prepare(store: Store, one: str) -> None:
-    """An image with a local tar, a container with a name, and one in which something was written."""
+    """Images: one with a local tar, one without a name, one that is lazy. Containers: one with a name, one in
+    which something was written."""
     image = store.import_image(one)
+    for name in store.import_image(_stargz_source(store, "loose")).names:
+        store.untag(name)
+    store.import_source(lambda _: _lazily(_stargz_source(store, "lazy")))
     store.hydrate_layer(image, image.layers[1], lambda count: None)
     store.create_container(container_id="kept", container_name="its-name")
     store.create_container("one", container_id="plain")
@@ -49,6 +76,53 @@ def prepare(store: Store, one: str) -> None:
     upper.mkdir(stat.S_IRWXU)
     (upper / "written").write_text("content")
     os.utime(upper / "written", (1, 1))
+
+
+_blobs: dict[str, bytes] = {}
+"""By digest: what the registry has."""
+
+
+def _stargz_source(store: Store, name: str) -> str:
+    """Beside the store."""
+    maker = SourceMaker()
+    member = tarfile.TarInfo(name)
+    content = name.encode() * 1000
+    member.size = len(content)
+    stargz = make_stargz([(member, content)], chunk_size=3000)
+    blob = {**maker.blob(stargz.data, OCI + "layer.v1.tar+gzip"), "annotations": stargz.annotations}
+    _blobs[blob["digest"]] = stargz.data
+    changes = {"rootfs": {"type": "layers", "diff_ids": [stargz.diff_id]}}
+    image = maker.image(changes=changes, layers=[blob])
+    return maker.add(image, f"{name}:1").directory(Path(store.path).parent / name)
+
+
+class _Registry:
+    """The part of a registry that lazy layers need."""
+
+    reference = parse_reference("registry.test/image:1")
+
+    def blob_range(self, digest: str, size: int, start: int, end: int) -> bytes:
+        return _blobs[digest][start:end]
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Registries(RegistryOptions):
+    def open(self, reference: Reference, *, pushes: bool = False) -> Any:
+        return _Registry()
+
+
+def _lazily(text: str) -> Source:
+    """The source, as `pull --lazy` takes it."""
+    return _in_parts(open_source(text), cast(Any, _Registry()), plain_http=False)
+
+
+def _complete(store: Store) -> None:
+    store._layers._origins = Origins(_Registries, is_hasty=False)
+    (ref,) = store.lazy_layers()
+    store.complete_layer(ref)
 
 
 def _add_a_file(_: str, directory: str) -> None:
@@ -90,6 +164,11 @@ OPERATIONS: dict[str, Callable[[Store, str], object]] = {
     "commit": lambda store, _: _commit(store),
     "hydrate": lambda store, _: _hydrate(store),
     "dehydrate": lambda store, _: _dehydrate(store),
+    "clone": lambda store, _: clone(store, "plain", "new"),
+    "collect garbage": lambda store, _: list(reclaim(store)),
+    "pull lazily": lambda store, _: store.import_source(lambda _: _lazily(_stargz_source(store, "other"))),
+    "complete a lazy layer": lambda store, _: _complete(store),
+    "make an image for the kernel": lambda store, _: store.metadata_image(store.image("one")),
     "empty the trash": lambda store, _: store.empty_trash(),
 }
 """`two` is an image to import."""

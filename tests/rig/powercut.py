@@ -161,6 +161,7 @@ class Recorder(Unsynced):
         return self._inodes[os.stat(directory).st_ino], name
 
     def _inode_at(self, path: str) -> int:
+        self._meet(path)
         return self._inodes[os.lstat(path).st_ino]
 
     def _comes(self, path: str, keep: Callable[[int], None]) -> None:
@@ -227,7 +228,7 @@ class Recorder(Unsynced):
             self.changes.append(Sync(None))
 
     def _meet(self, path: str) -> None:
-        """Notes what another program made when it is asked to last: until then any of it may be lost."""
+        """Notes what was made by others, or past `disk`: of that any part may be lost until it is synced."""
         if not f"{path}/".startswith(f"{self._root}/") or os.lstat(path).st_ino in self._inodes:
             return
         self._meet(os.path.dirname(path))
@@ -258,7 +259,7 @@ class Recorder(Unsynced):
         with self._lock:
             place = self._place(path)
             number = os.lstat(path).st_ino
-            inode = self._inodes[number] if place is not None else -1
+            inode = self._inode_at(path) if place is not None else -1
             remove(path)
             if place is not None:
                 self.changes.append(Names(goes=((*place, inode),)))
