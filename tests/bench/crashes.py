@@ -1,14 +1,16 @@
-"""Ends, fails and cuts the power at every step of every change of a store, and prints what came of it.
+"""Ends, fails and cuts the power at every step of every change of a store and of a container's rootfs, and
+prints what came of it.
 
     python tests/bench/crashes.py [RANDOM]
 
 A table: fault, tries, how often what is there is neither the old state nor the new (or not the new, though
 the call had returned), and how often anything was left that does not belong there. RANDOM: parts of what was
 not synced, chosen at random, that are lost after each change, besides those chosen on purpose. Fails if
-anything was lost or left. Some minutes.
+anything was lost or left. Needs root. Half an hour, less where TMPDIR is in memory.
 """
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -17,13 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rig import treecrashes
 from rig.crashes import OPERATIONS, exit_at, fresh, left_over, old_and_new, state
 from rig.ocisources import SourceMaker, tar_of
 from rig.powercut import Recorder, cuts
 from rig.stores import Crash, Dying, Failing, Full, Interrupted, Unsynced, on_disk, open_at
 
 from fusestore import disk
+from fusestore.scheme import Scheme
 
+_PLACE = os.environ.get("TMPDIR", "/var/tmp")
 EXIT = "exit before and after each change"
 FAULTS: dict[str, type[Dying]] = {
     "death at each change": Dying,
@@ -39,15 +44,18 @@ class Table:
         self.lost: Counter[str] = Counter()
         self.left: Counter[str] = Counter()
 
-    def judge(self, fault: str, place: Path, allowed: list[dict[str, object]], where: str) -> None:
+    def count(self, fault: str, where: str, wrong: object, left: object) -> None:
         self.tries[fault] += 1
+        if wrong:
+            self.lost[fault] += 1
+            print(f"LOST: {fault}, {where}: {wrong}")
+        if left:
+            self.left[fault] += 1
+            print(f"LEFT OVER: {fault}, {where}: {left}")
+
+    def judge(self, fault: str, place: Path, allowed: list[dict[str, object]], where: str) -> None:
         with open_at(place) as store:
-            if state(store) not in allowed:
-                self.lost[fault] += 1
-                print(f"LOST: {fault}, {where}")
-            if left := left_over(store):
-                self.left[fault] += 1
-                print(f"LEFT OVER: {fault}, {where}: {left}")
+            self.count(fault, where, state(store) not in allowed, left_over(store))
 
     def print(self) -> int:
         print(f"\n{'fault':40} {'tries':>8} {'lost':>6} {'left over':>10}")
@@ -112,12 +120,33 @@ def _power(table: Table, base: Path, name: str, two: str, randomly: int) -> None
         shutil.rmtree(made)
 
 
+def _in_a_rootfs(table: Table, base: Path, old: Path, scheme: str, name: str) -> None:
+    states = treecrashes.states_of(name, treecrashes.copy(old, base / "done"))
+    shutil.rmtree(base / "done")
+    for fault, (kind, judge) in treecrashes.FAULTS.items():
+        for point in range(10_000):
+            place = treecrashes.copy(old, base / str(point))
+            outcome = judge(name, place, states, kind(point))
+            where = f"{scheme}: {name}, point {point}"
+            table.count(f"in a rootfs: {fault}", where, outcome.wrong, outcome.left)
+            shutil.rmtree(place)
+            if outcome.is_done:
+                break
+
+
 def main() -> int:
     randomly = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     disk.current = Unsynced()
     table = Table()
+    for scheme in Scheme:
+        with tempfile.TemporaryDirectory(dir=_PLACE) as directory:
+            base = Path(directory)
+            treecrashes.make_store(base / "old", scheme)
+            for name in treecrashes.CHANGES:
+                _in_a_rootfs(table, base, base / "old", scheme.word, name)
+                print(f"in a rootfs, {scheme.word}: {name}: done", flush=True)
     for name in OPERATIONS:
-        with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        with tempfile.TemporaryDirectory(dir=_PLACE) as directory:
             base = Path(directory)
             one, two = _image(base / "one", b"1"), _image(base / "two", b"2")
             old, new = old_and_new(base, one, two, OPERATIONS[name])

@@ -33,10 +33,7 @@ from fusestore.syscalls import RENAME_EXCHANGE
 
 __all__ = [
     "CHANGES",
-    "Cut",
-    "Outcome",
-    "after_error",
-    "after_exit",
+    "FAULTS",
     "copy",
     "make_store",
     "states_of",
@@ -371,3 +368,10 @@ def _exit_at(place: Path, steps: Steps, fault: Exiting) -> int:
     assert code in (0, Exiting.CODE), f"the process ended with {code} after {done} calls"
     assert code or done == len(steps)
     return done
+
+
+FAULTS: dict[str, tuple[Callable[[int], Exiting | Failing], Callable[..., Outcome]]] = {
+    "exit": (Exiting, after_exit),
+    "power cut": (Cut, after_exit),
+    "error of the disk": (Failing, after_error),
+}

@@ -2,23 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rig.requirements import need
-from rig.stores import Exiting, Failing
-from rig.treecrashes import (
-    CHANGES,
-    Cut,
-    Outcome,
-    after_error,
-    after_exit,
-    copy,
-    make_store,
-    states_of,
-    writes,
-)
+from rig.treecrashes import CHANGES, FAULTS, copy, make_store, states_of, writes
 
 from fusestore.scheme import Scheme
 
@@ -35,20 +23,13 @@ def old(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return place
 
 
-_FAULTS: dict[str, tuple[Callable[[int], Exiting], Callable[..., Outcome]]] = {
-    "exit": (Exiting, after_exit),
-    "power cut": (Cut, after_exit),
-    "error": (Failing, after_error),
-}
-
-
 @pytest.mark.parametrize(
     "name, fault",
-    [(name, fault) for fault in _FAULTS for name in CHANGES if fault != "power cut" or writes(name)],
+    [(name, fault) for fault in FAULTS for name in CHANGES if fault != "power cut" or writes(name)],
 )
 def test_a_state_that_was_is_left(tmp_path: Path, old: Path, name: str, fault: str) -> None:
     """Of the points one in `_STRIDE`, others for each change; tests/bench/crashes.py tries all."""
-    kind, judge = _FAULTS[fault]
+    kind, judge = FAULTS[fault]
     states = states_of(name, copy(old, tmp_path / "done"))
     for point in range(len(name) % _STRIDE, 1000, _STRIDE):
         place = copy(old, tmp_path / str(point))
