@@ -350,7 +350,7 @@ def test_ln_makes_another_image_the_default(fresh: Mount, images: Images) -> Non
     assert fresh.sh("cat containers/a/rootfs/upper/xattrs").ok() == "xattrs\n"
 
 
-@pytest.mark.parametrize("person", ["root", "user"], indirect=True)  # test_erofs_driver.py has its own
+@pytest.mark.parametrize("person", ["root", "user"], indirect=True)  # test_kernel_drivers.py has its own
 def test_few_descriptors_serve_many_containers(unmounted: Mount) -> None:
     """Trees that nobody uses give theirs up, and have them again when somebody comes back."""
     script = "ulimit -n 256; exec fusestore mount $1"
