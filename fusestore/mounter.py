@@ -28,9 +28,11 @@ import msgpack
 
 from .erofsmount import MountedImage, mount_image, mount_overlay
 from .syscalls import (
+    CAP_DAC_READ_SEARCH,
     MNT_DETACH,
     MOUNT_ATTR_NODEV,
     MOUNT_ATTR_NOSUID,
+    give_up_capability,
     mount_number,
     move_mount,
     umount2,
@@ -227,6 +229,7 @@ class _Worker:
                 directory_below = os.open(lower_path, _DIRECTORY_FLAGS)
                 meanwhile.callback(os.close, directory_below)  # overlayfs has a mount of its own of it
                 lower = MountedImage(directory_below, ())
+                _find_no_origins()
             else:
                 source = (lower_path, *devices)
                 lower = self._take(source, by_loops)
@@ -289,6 +292,18 @@ class _Worker:
             del self._images[source]
         if image.mounted is not None:
             os.close(image.mounted.mount)
+
+
+def _find_no_origins() -> None:
+    """What this thread mounts does not ask FUSE for what its files were copied up from.
+
+    overlayfs does by file handle, to have the inode number of before (fs/overlayfs/namei.c,
+    ovl_check_origin), once the kernel forgot the file. What FUSE gives for one has no name there, and is not
+    valid when it is looked at again (fs/fuse/dir.c, fuse_dentry_revalidate): the file would be ESTALE from
+    then on. overlayfs asks only where who mounted it has this capability (ovl_decode_real_fh); all else that
+    it is for CAP_DAC_OVERRIDE allows too.
+    """
+    give_up_capability(CAP_DAC_READ_SEARCH)
 
 
 def _serve(connection: socket.socket) -> None:

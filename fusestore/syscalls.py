@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable
 
 __all__ = [
+    "CAP_DAC_READ_SEARCH",
     "MNT_DETACH",
     "MOUNT_ATTR_NODEV",
     "MOUNT_ATTR_NOSUID",
@@ -19,6 +20,7 @@ __all__ = [
     "RENAME_NOREPLACE",
     "RENAME_WHITEOUT",
     "clone_mount",
+    "give_up_capability",
     "groups_of",
     "is_in_user_namespace",
     "is_mounted",
@@ -39,6 +41,7 @@ __all__ = [
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
+CAP_DAC_READ_SEARCH = 2
 MS_NOSUID = 1 << 1
 MS_NODEV = 1 << 2
 MS_POSIXACL = 1 << 16
@@ -51,6 +54,10 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
 _AT_FDCWD = -100
+_CAPABILITY_HEADER = struct.Struct("Ii")
+_CAPABILITY_VERSION_3 = 0x20080522
+_CAPABILITY_DATA_SIZE = 24
+"""linux/capability.h: twice 32 bits each of what is effective, permitted, inheritable."""
 _CLONE_NEWNS = 0x20000
 _MS_REC = 1 << 14
 _MS_PRIVATE = 1 << 18
@@ -88,6 +95,8 @@ _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctype
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.open_tree.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.unshare.argtypes = [ctypes.c_int]
+_libc.capget.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+_libc.capset.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
 _libc.fsopen.argtypes = [ctypes.c_char_p, ctypes.c_uint]
 _libc.fsconfig.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
 _libc.fsmount.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint]
@@ -180,6 +189,16 @@ def groups_of(pid: int) -> frozenset[int]:
 def is_in_user_namespace() -> bool:
     """Whether this process is in another user namespace than the machine's own."""
     return os.stat("/proc/self/ns/user").st_ino != _PROC_USER_INIT_INO
+
+
+def give_up_capability(number: int) -> None:
+    """This thread does without a capability (CAP_*, below 32) from now on: capset(2)."""
+    header = _CAPABILITY_HEADER.pack(_CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(_CAPABILITY_DATA_SIZE)
+    _check(_libc.capget(header, data), b"capget")
+    (effective,) = struct.unpack_from("I", data)
+    struct.pack_into("I", data, 0, effective & ~(1 << number))
+    _check(_libc.capset(header, data), b"capset")
 
 
 def make_mount(kind: bytes, options: Iterable[tuple[bytes, bytes | None]], attributes: int = 0) -> int:

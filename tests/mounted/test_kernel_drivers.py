@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rig.damage import change_middle
 from rig.images import Images
-from rig.mounts import Mount, Place, wait_until
+from rig.mounts import Mount, Place, drop_names, wait_until
 from rig.requirements import need
 
 from fusestore.erofsmount import mounts_files
@@ -318,6 +318,22 @@ def test_nobody_hangs_when_the_daemon_is_killed_as_they_enter(fresh: Mount) -> N
     fresh.sh("[ -e containers/c7 ] || mkdir containers/c7").ok()
     assert fresh.sh("cat containers/c7/rootfs/etc/hostname").ok() == "busybox\n"
     fresh.fusestore("check").ok()
+
+
+def test_what_was_changed_is_there_after_the_kernel_forgot_it(fresh: Mount) -> None:
+    """It looks for what a file was copied from; what it finds it must find again the next time."""
+    fresh.sh("mkdir containers/c; echo new >> containers/c/rootfs/etc/hostname").ok()
+    drop_names()
+    look = "cd containers/c/rootfs; for try in 1 2 3; do tail -n 1 etc/hostname; done"
+    assert fresh.sh(look).ok() == "new\nnew\nnew\n"
+
+
+def test_inode_numbers_of_what_was_changed_are_kept_where_erofs_is_below(fresh: Mount) -> None:
+    number = "stat -c %i containers/c/rootfs/etc/hostname"
+    before = fresh.sh(f"mkdir containers/c; {number}").ok()
+    assert fresh.sh(f"touch containers/c/rootfs/etc/hostname; {number}").ok() == before
+    drop_names()
+    assert (fresh.sh(number).ok() == before) == (fresh.person.driver == "erofs")
 
 
 def test_link_counts_and_sizes_are_overlayfs_own(fresh: Mount) -> None:

@@ -1,14 +1,16 @@
-"""Reading what is in memory: whole, or not at all."""
+"""Reading what is in memory: whole, or not at all; and what a thread may do without."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rig.pages import drop_pages
 
-from fusestore.syscalls import pread_now
+from fusestore.syscalls import CAP_DAC_READ_SEARCH, give_up_capability, pread_now
 
 CONTENT = os.urandom(1_000_000)
 
@@ -62,3 +64,20 @@ def test_what_cannot_be_read_is_an_error(disk: Path) -> None:
     with pytest.raises(IsADirectoryError):
         pread_now(fd, 100, 0)
     os.close(fd)
+
+
+def _capabilities() -> int:
+    found = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/thread-self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1], 16)
+
+
+def test_a_thread_gives_up_one_capability_and_others_keep_it() -> None:
+    def give_up() -> int:
+        give_up_capability(CAP_DAC_READ_SEARCH)
+        return _capabilities()
+
+    before = _capabilities()
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(give_up).result() == before & ~(1 << CAP_DAC_READ_SEARCH)
+    assert _capabilities() == before
