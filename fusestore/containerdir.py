@@ -358,6 +358,13 @@ class ContainerDir(Node):
         yield Outward(lambda: self.around.driver.look_up(self.id))
         self.seekers.clear()
 
+    def be_asked(self, until: float) -> Steps[None]:
+        """Whoever comes to rootfs until then (time.monotonic) is to ask for it."""
+        rootfs = self._parts.get(b"rootfs")
+        if rootfs is not None and rootfs.is_covered:
+            rootfs.be_asked(until)
+            yield Outward(lambda: self.around.driver.look_up_anew(self.id))
+
     @property
     def is_covered(self) -> bool:
         """The kernel has something mounted over rootfs."""

@@ -25,7 +25,7 @@ from .names import parse_container_id
 from .nodes import Attr
 from .scratchfile import ScratchFile, ScratchHandle
 from .store import Store
-from .synthetic import MANY_LINKS, SHARED_S, FixedBranch, NameLink, Owner, RootfsDriver, Unreadable
+from .synthetic import ANEW, MANY_LINKS, SHARED_S, FixedBranch, NameLink, Owner, RootfsDriver, Unreadable
 from .syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 __all__ = ["ContainerTree"]
@@ -40,6 +40,14 @@ class _Root(Node):
     __slots__ = ()
 
     attr_timeout_s = SHARED_S
+
+
+class _Anew(Node):
+    """A directory whose '..' is /containers: see `ANEW`."""
+
+    __slots__ = ()
+
+    entry_timeout_s = 0.0
 
 
 class ContainerTree(FixedBranch):
@@ -69,6 +77,8 @@ class ContainerTree(FixedBranch):
         """Directories with state that the kernel has forgotten: scratch files, a removal half-way."""
         self._refused: dict[ContainerDir, tuple[int, float]] = {}
         """Who was refused to remove it (thread id), and until when that counts."""
+        self._anew: set[str] = set()
+        """What walkers are to ask for once more."""
         self.root = _Root(self, inodes.number())
 
     # Looking
@@ -99,6 +109,9 @@ class ContainerTree(FixedBranch):
         if node is not self.root:
             raise errors.NotFound(f"there is no {name!r}")
         text = os.fsdecode(name)
+        if text in self._anew:
+            self._anew.remove(text)
+            return _Anew(self, self._inodes.number())
         try:
             parse_container_id(text)
         except errors.BadName:
@@ -114,7 +127,11 @@ class ContainerTree(FixedBranch):
     def lead_in(self, node: Node, name: bytes, pid: int) -> Maybe[None]:
         """See `Tree.lead_in`: who comes to a rootfs has it entered, unless it is this process."""
         if node is self.root:
-            return self._approach(os.fsdecode(name), pid)
+            text = os.fsdecode(name)
+            if not text.startswith(ANEW):
+                return self._approach(text, pid)
+            self._walk_anew(text, pid)
+            return None
         if name != b"rootfs" or not isinstance(node, ContainerDir) or self._around.driver.is_walker(pid):
             return None
         if self._is_refused(node, pid):
@@ -122,6 +139,13 @@ class ContainerTree(FixedBranch):
             # Any other errno has the kernel forget the name, and with it the mount (fs/fuse/dir.c).
             raise InterruptedError(errno.EINTR, why) if node.is_covered else errors.Busy(why)
         return node.enter_rootfs(pid)
+
+    def _walk_anew(self, name: str, pid: int) -> None:
+        if not self._around.driver.is_walker(pid):
+            raise errors.NotFound(f"there is no container {name!r}")
+        if name not in self._anew:
+            self._anew.add(name)
+            raise errors.Stale("walk again, and ask for everything")
 
     def _approach(self, container_id: str, pid: int) -> Maybe[None]:
         container = self._dirs.get(container_id)
@@ -473,7 +497,8 @@ class ContainerTree(FixedBranch):
         try:
             yield from container.leave()
         except errors.Busy:
-            self._refuse_removal(container, caller)
+            until = self._refuse_removal(container, caller)
+            yield from container.be_asked(until)
             raise
         self._unlink_for(container, name, caller)
 
@@ -485,8 +510,11 @@ class ContainerTree(FixedBranch):
                 self._refuse_removal(node, caller)
             raise
 
-    def _refuse_removal(self, container: ContainerDir, caller: Caller) -> None:
-        self._refused[container] = caller.pid, time.monotonic() + _REFUSAL_S
+    def _refuse_removal(self, container: ContainerDir, caller: Caller) -> float:
+        """Until when it counts."""
+        until = time.monotonic() + _REFUSAL_S
+        self._refused[container] = caller.pid, until
+        return until
 
     def require_welcome(self, node: Node, caller: Caller) -> None:
         """Raises Busy for the root of a part whose removal was refused to the same caller just now.

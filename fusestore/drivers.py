@@ -112,6 +112,9 @@ class UnionDriver:
     def look_up(self, container_id: str) -> None:
         pass
 
+    def look_up_anew(self, container_id: str) -> None:
+        pass
+
     def is_walker(self, pid: int) -> bool:
         return False
 
@@ -170,6 +173,9 @@ class KernelDriver(UnionDriver):
 
     def look_up(self, container_id: str) -> None:
         self._mounts.mounter.walk_to(self._mounts.place(container_id))
+
+    def look_up_anew(self, container_id: str) -> None:
+        self._mounts.look_up_anew(container_id)
 
     def is_walker(self, pid: int) -> bool:
         return self._mounts.mounter.is_own(pid)

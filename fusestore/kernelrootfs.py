@@ -6,12 +6,16 @@ that (`OverlayMounts`).
 The kernel's mount lies over the directory ``rootfs`` of this mount, which is then only what a path leads
 through. How somebody who comes is led into it (fs/namei.c, fs/fuse/dir.c):
 
-* The name is asked for each time, since neither name nor attributes may be kept. A LOOKUP of a name that the
-  kernel knows holds no lock: it is answered when the mount is there, and the walk crosses into it.
+* Until it is mounted the name is asked for each time, since neither name nor attributes may be kept. A LOOKUP
+  of a name that the kernel knows holds no lock: it is answered when the mount is there, and the walk crosses
+  into it. From then on the kernel believes the name for a while.
 * The LOOKUP that makes the name known cannot wait: our own walk to the place would wait behind it. It is
   answered ESTALE, so that the whole path is walked again; meanwhile our walker does (`fusestore.mounter`).
 * Whatever else comes is answered ESTALE at once: system calls then walk once more, with a LOOKUP first.
   Holding it could be a deadlock: some ask with the lock of the directory held, which the mount needs too.
+  That walk asks for the name also where it is believed, and so finds what was unmounted meanwhile.
+* Our walker can have the kernel ask for a name that it believes (`ANEW`), and does where the mount is gone,
+  or where somebody's next walk must be refused (`be_asked`).
 
 A LOOKUP that fails, or gives another inode, has the kernel forget the name, and what is mounted over it.
 
@@ -20,7 +24,9 @@ The rules a maintainer must not break: nothing but that one LOOKUP waits for the
 """
 
 import errno
+import itertools
 import logging
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -35,7 +41,7 @@ from .mounter import Mounter
 from .nodes import Attr
 from .scheme import Scheme
 from .store import Store
-from .synthetic import RootfsBranch
+from .synthetic import ANEW, SHARED_S, RootfsBranch
 from .syscalls import is_mounted, make_mount
 
 __all__ = ["ErofsMounts", "KernelMounts", "KernelRootfs", "OverlayMounts", "require_alone"]
@@ -47,6 +53,8 @@ _FAILURE_S = 1.0
 _LEAVING_S = 1.0
 """How long the kernel may take to be done with a mount that nobody is in any more."""
 _POLL_S = 0.05
+_HEARING_S = 0.05
+"""How long the kernel may take to hear an answer."""
 
 
 class KernelMounts(ABC):
@@ -63,6 +71,9 @@ class KernelMounts(ABC):
         self._scheme = scheme
         self._store = store
         self._mountpoint = mountpoint
+        self.told_at = -math.inf
+        """When the kernel was told last to believe a name for a while."""
+        self._serials = itertools.count()
 
     @abstractmethod
     def make_ready(self, image: Image) -> None:
@@ -75,6 +86,16 @@ class KernelMounts(ABC):
     def place(self, container_id: str) -> str:
         """The directory that a container's rootfs is in this mount."""
         return f"{self._mountpoint}/containers/{container_id}/rootfs"
+
+    def look_up_anew(self, container_id: str) -> None:
+        """Have the kernel ask for the name of a rootfs. In a thread; makes requests of the mount itself."""
+        time.sleep(max(0.0, self.told_at + _HEARING_S - time.monotonic()))
+        with suppress(OSError):  # it is gone
+            self.mounter.walk_to(self.place_anew(container_id))
+
+    def place_anew(self, container_id: str) -> str:
+        """A path to `place` on which the kernel asks for each name: see `ANEW`."""
+        return f"{self._mountpoint}/containers/{ANEW}{next(self._serials)}/../{container_id}/rootfs"
 
     def make_room(self) -> Steps[None]:
         """Precedes a mount. Raises NotSupported where somebody is in too many to have one more."""
@@ -209,8 +230,12 @@ class _Doorway(Node):
 
     __slots__ = ()
 
-    entry_timeout_s = 0.0
     attr_timeout_s = 0.0
+
+    @property
+    def entry_timeout_s(self) -> float:  # type: ignore[override]
+        assert isinstance(self.branch, KernelRootfs)
+        return self.branch.belief_s()
 
 
 class KernelRootfs(Branch):
@@ -256,6 +281,7 @@ class KernelRootfs(Branch):
         """By thread: why it could not be mounted, for its next walk, and until when that counts."""
         self._is_image_ready = False
         """`KernelMounts.make_ready` was called."""
+        self._asked_until = -math.inf
         self._is_detached = False
 
     @property
@@ -265,6 +291,17 @@ class KernelRootfs(Branch):
     @property
     def is_covered(self) -> bool:
         return self._mounted is not None
+
+    def be_asked(self, until: float) -> None:
+        self._asked_until = until
+
+    def belief_s(self) -> float:
+        """How long the kernel, which is told so now, may believe that the name leads here."""
+        now = time.monotonic()
+        if self._mounted is None or now < self._asked_until:
+            return 0.0
+        self._mounts.told_at = now
+        return SHARED_S
 
     # Whatever comes to the directory itself must look again.
 
@@ -389,6 +426,7 @@ class KernelRootfs(Branch):
 
     def _unmounted(self) -> None:
         self._mounted = None
+        self._mounts.mounter.start_walk(self._mounts.place_anew(self._id))
         self._mounts.entered.pop(self, None)
 
     def _doing(self) -> ExitStack:

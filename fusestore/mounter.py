@@ -84,8 +84,12 @@ class Mounter:
         """Have the kernel look `path` up. Raises OSError."""
         self._call("walk_to", os.fsencode(path))
 
+    def start_walk(self, path: str) -> None:
+        """The same, without waiting and without an error."""
+        self._post("walk_to", os.fsencode(path))
+
     def walk_soon(self, path: str) -> None:
-        """The same, without waiting and without an error. Of many that come at once, only the last."""
+        """The same, of many that come at once only the last."""
         self._post("walk_soon", os.fsencode(path))
 
     def mount(

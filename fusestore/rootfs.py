@@ -148,6 +148,9 @@ class Rootfs(Branch):
                 self._take(opened)
         yield from self._count()
 
+    def be_asked(self, until: float) -> None:
+        pass
+
     def set_quota(self, limit: int | None) -> None:
         """What the changes may take on disk, in bytes; None: any number.
 

@@ -15,6 +15,7 @@ from .inodes import Branch, Caller, Changes, FileHandle, Maybe, Node
 from .nodes import Attr, Inode
 
 __all__ = [
+    "ANEW",
     "BLOCK_SIZE",
     "SHARED_S",
     "BytesHandle",
@@ -33,6 +34,12 @@ BLOCK_SIZE = 512
 SHARED_S = 1.0
 """How long the kernel may keep what other processes change too. They say when they do (`fusestore.mounts`);
 this bounds what remains if one dies before it has.
+"""
+
+ANEW = ".anew-"
+"""What names in /containers begin with through which a driver walks, to have the kernel ask for each name on
+its path: ESTALE to the first LOOKUP has it begin anew, with LOOKUP_REVAL (fs/namei.c, filename_lookup). No
+container can be called so, and nobody else finds it.
 """
 
 MANY_LINKS = 1
@@ -78,6 +85,10 @@ class RootfsBranch(Protocol):
 
     label: bytes
     """Shown as security.selinux on what carries none; empty for none."""
+
+    def be_asked(self, until: float) -> None:
+        """Whoever comes to a doorway until then (time.monotonic) is to ask for it."""
+        ...
 
     def set_quota(self, limit: int | None) -> None:
         """Bytes that changes may take on disk (fusestore.quota); None for any number."""
@@ -140,8 +151,12 @@ class RootfsDriver(Protocol):
         """Walk to a rootfs through the kernel. In a thread; makes requests of this very mount."""
         ...
 
+    def look_up_anew(self, container_id: str) -> None:
+        """Have the kernel ask for a rootfs by a name that it may believe to know. As `look_up`."""
+        ...
+
     def is_walker(self, pid: int) -> bool:
-        """Whether the thread `pid` walks for `approached` or `look_up`, or mounts."""
+        """Whether the thread `pid` walks for one of these, or mounts."""
         ...
 
     def directory(self, path: str, parent: Node) -> RootfsBranch:

@@ -4,11 +4,13 @@ That they are what the union shows the other files of this directory test, with 
 """
 
 import errno
+import json
 import os
 import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +180,46 @@ def test_few_descriptors_serve_many_containers(unmounted: Mount) -> None:
     """
     assert unmounted.sh(looks, deadline_s=240).ok() == "4\n"
     assert len(_overlays(unmounted)) == 64
+
+
+def _lookups(mount: Mount) -> int:
+    report = json.loads(mount.fusestore("status", mount.mountpoint, "--json").ok())
+    return int(report["requests"]["lookup"]["count"])
+
+
+def test_paths_from_outside_ask_the_daemon_once_in_a_while(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c; stat containers/c/rootfs/etc/hostname").ok()
+    before, started = _lookups(fresh), time.monotonic()
+    fresh.sh("for i in {1..1000}; do test -e containers/c/rootfs/etc/hostname || exit 1; done").ok()
+    assert _lookups(fresh) - before < 100 + 10 * (time.monotonic() - started)
+
+
+@pytest.mark.parametrize(
+    "remove",
+    ["rm -rf containers/c", "cd containers/c && rm -rf *", "cd containers/c && rm -rf metadata.json rootfs"],
+)
+def test_nothing_is_removed_of_what_others_walk_into_all_along(fresh: Mount, remove: str) -> None:
+    """Their walks have the kernel believe the name; who was refused must be asked about it all the same."""
+    script = """
+        mkdir containers/c; exec 3< containers/c/rootfs/bin/busybox
+        (while test -e containers/c/rootfs/etc/hostname; do :; done; echo lost) & walker=$!
+        for i in {1..10}; do (eval "$1") 2> $2 && echo removed; sleep 0.05; done
+        kill $walker; wait
+        ls containers/c/rootfs/bin/busybox containers/c/rootfs/etc/hostname
+    """
+    found = fresh.sh(script, remove, fresh.base / "errors")
+    assert found.out == "containers/c/rootfs/bin/busybox\ncontainers/c/rootfs/etc/hostname\n"
+
+
+def test_whatever_comes_first_after_a_mount_was_given_back_is_led_in(fresh: Mount) -> None:
+    """The kernel believed the name just before."""
+    script = """
+        mkdir containers/$1 && stat containers/$1/rootfs/etc/hostname && mv containers/$1 containers/x &&
+        mv containers/x containers/$1 && set -- containers/$1/rootfs &&
+    """
+    for number, step in enumerate(FIRST_STEPS.values()):
+        fresh.sh(f"{script}{step}", str(number)).ok()
+    assert len(_overlays(fresh)) == len(FIRST_STEPS)
 
 
 def test_what_was_unmounted_by_hand_is_mounted_again(fresh: Mount) -> None:
