@@ -298,7 +298,7 @@ class Containers:
             scratch.mkdir(layout.workdir_in("container"))
             scratch.write(layout.document_in("container"), _encode(document))
             draft.fill(scratch.join("container"))
-            scratch.sync()
+            scratch.sync("container")
             with self._workspace.lock(), contextlib.ExitStack() as stack:
                 confirm_image()
                 self._require_free_locked(draft.id)

@@ -270,9 +270,15 @@ class Scratch:
         finally:
             os.close(fd)
 
-    def sync(self) -> None:
-        """Puts all that is in the directory on disk: before anything is renamed out of it."""
-        _sync_tree(self.path)
+    def sync(self, name: str | None = None) -> None:
+        """Puts all that is in it on disk, or in one directory in it: before that is renamed out of it.
+
+        Whether the directory itself is there after a crash does not matter then.
+        """
+        _sync_tree(self.path if name is None else self.join(name))
+
+    def sync_name(self) -> None:
+        """Has the directory be there after a crash."""
         _sync_directory(os.path.dirname(self.path))
 
     def close(self) -> None:
@@ -346,7 +352,10 @@ def _delete_one(path: str, trash: str, pending: list[str]) -> None:
 
 
 def discard(paths: Iterable[str], trash: str) -> None:
-    """Moves `paths` into the directory `trash` of the same filesystem; what is gone is passed over."""
+    """Moves `paths` into the directory `trash` of the same filesystem; what is gone is passed over.
+
+    They are gone from where they were whatever comes then, but a crash may lose them from `trash`.
+    """
     touched: dict[str, None] = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -354,8 +363,6 @@ def discard(paths: Iterable[str], trash: str) -> None:
             touched[os.path.dirname(path)] = None
     for directory in touched:
         _sync_directory(directory)
-    if touched:
-        _sync_directory(trash)
 
 
 def empty_trash(trash: str) -> None:
@@ -464,6 +471,7 @@ class Workspace:
         with self.scratch() as scratch:
             scratch.write(INTENT, json.dumps(what).encode())
             scratch.sync()
+            scratch.sync_name()
             is_whole = False
             try:
                 try:
