@@ -4,11 +4,12 @@ How a byte comes from a layer's blob to read(2), and from write(2) to disk; each
 below it (setup.cfg, checked by import-linter)::
 
     cli                     the commands; the only place that reads argv
-    options · terminal      what commands share: options and the environment · how things are printed
+    options                 what commands share: options and the environment
     daemon                  the background process of a mount
     mount                   one mount's life: start, serve, signals, unmount               trio
     watch                   what it says of itself: status, requests that take long
     mountpoint              what is in its way, what is there, how it is taken away
+    terminal                how things are printed
     fuse                    pyfuse3's operations: decode, one call, encode; the errors     trio, pyfuse3
     tree                    what the mountpoint shows, by inode number
     imagetree               /images                    containertree    /containers
@@ -46,7 +47,8 @@ below it (setup.cfg, checked by import-linter)::
                                                                  transport   requests: TLS, rights, retries
                                                                  credentials, certificates: from podman's and
                                                                              docker's files
-    sourcefiles             their files: directory, tar          reference   docker-like names
+    sourcearchive           an archive's files                   reference   docker-like names
+    sourcefiles             a directory's
     upper                   one container's diff/          blobs         a layer's bytes: ingest, LayerReader
     scheme                  what an upper's xattrs mean
     union                   layers + upper → names         spancache     what was decompressed, on disk

@@ -4,7 +4,7 @@ Exit codes: 0 done; 1 the operation failed, or check found something; 2 the comm
 is one line on standard error, ``fusestore: …``, that says what to do. People get tables and, on a terminal,
 progress bars; programs get JSON, whose keys only ever grow in number.
 
-trio and pyfuse3 take longer to load than most commands to run: they are imported where they are used.
+Modules that take long to load, as trio and pyfuse3 do, are imported where they are used.
 """
 
 import json
@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import daemon
 from .errors import BadInput, FusestoreError, NotFound
 from .layout import RunLayout
 from .meter import prometheus
-from .mountpoint import MountOptions, check_mountpoint, check_not_within, unmount
 from .names import printable
 from .options import (
     Places,
@@ -36,6 +34,7 @@ from .options import (
 from .store import Image, Store
 from .terminal import (
     SHORT_ID,
+    describe,
     fail,
     image_time,
     local_time,
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (FusestoreError, OSError) as error:
-        return fail(daemon.describe(error))
+        return fail(describe(error))
     return code if isinstance(code, int) else 0
 
 
@@ -251,6 +250,9 @@ def _mount(
 
     Returns when the mount answers. Its log is the file mount-….log in the store's part of the run directory.
     """
+    from . import daemon
+    from .mountpoint import MountOptions, check_mountpoint, check_not_within
+
     mountpoint = directory_of("MOUNTPOINT", mountpoint)
     check_mountpoint(mountpoint, store=places.store, run_dir=places.run_dir)
     options = MountOptions(allow_other, allow_dev, allow_suid)
@@ -287,6 +289,8 @@ def _umount(places: Places, mountpoint: str) -> None:
 
     The mount's process has gone then, too. Fails while something in MOUNTPOINT is in use.
     """
+    from .mountpoint import unmount
+
     mountpoint = directory_of("MOUNTPOINT", mountpoint)
     with places.open() as store:
         unmount(store, mountpoint)
@@ -415,7 +419,7 @@ def _rm(places: Places, ids: tuple[str, ...]) -> int:
             try:
                 store.delete_container(ref)
             except (FusestoreError, OSError) as error:
-                code = fail(daemon.describe(error))
+                code = fail(describe(error))
     return code
 
 

@@ -6,7 +6,6 @@ threads before `detach`: only the forking thread lives on in a child.
 """
 
 import datetime
-import errno
 import json
 import logging
 import logging.handlers
@@ -21,33 +20,15 @@ from typing import Any, NoReturn
 from .errors import AccessDenied, FusestoreError, StoreUnusable
 from .mountpoint import MountOptions
 from .names import printable
+from .terminal import describe
 
-__all__ = ["check_permission", "describe", "detach", "log_to"]
+__all__ = ["check_permission", "detach", "log_to"]
 
 _READY = b"ready"
 _LOG_MAX = 4 << 20
 """Bytes of a log file, of which there are two."""
 _FUSE_DEVICE = "/dev/fuse"
 _FUSE_CONF = "/etc/fuse.conf"
-
-
-def describe(error: BaseException) -> str:
-    """One line for a person: what went wrong, where, what to do. For foreseen errors and OSErrors."""
-    if isinstance(error, OSError) and error.strerror:
-        advice = _ADVICE.get(error.errno or 0)
-        parts = [os.fsdecode(error.filename)] if error.filename else []
-        return ": ".join([*parts, error.strerror, *([advice] if advice else [])])
-    return str(error)
-
-
-_ADVICE = {
-    errno.ENOSPC: "make room there, or name other directories with --store and --run-dir",
-    errno.EDQUOT: "make room there, or name other directories with --store and --run-dir",
-    errno.EROFS: "mount it writable, or name other directories with --store and --run-dir",
-    errno.EIO: "the disk may be failing: look into dmesg",
-    errno.EMFILE: "raise the limit with ulimit -n",
-    errno.ENFILE: "close files of other programs, or raise fs.file-max with sysctl",
-}
 
 
 def check_permission(options: MountOptions) -> None:

@@ -11,11 +11,11 @@ REF is a name the source gives the image, or a digest ``sha256:…`` of its mani
 ``@N``, its Nth image.
 
 Nothing is trusted: documents are bounded and their digests and sizes checked here, a layer's digest by who
-reads it (fusestore.blobs), and where a name leads by fusestore.sourcefiles.
+reads it (fusestore.blobs), and where a name leads by fusestore.sourcefiles
+and fusestore.sourcearchive.
 """
 
 import os
-import platform
 import posixpath
 import re
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from .errors import BadName, BadSource
 from .layout import ANNOTATION_NAME
 from .names import digest_hex, parse_digest, parse_image_name
 from .nodes import Digest
-from .sourcefiles import Reader, SourceArchive, SourceDirectory, SourceFiles, read_document
+from .sourcefiles import Reader, SourceDirectory, SourceFiles, read_document
 
 __all__ = ["Blobs", "LayerSource", "Parts", "Source", "machine_platform", "open_image", "open_source"]
 
@@ -100,7 +100,7 @@ def open_source(text: str, *, scratch: str | None = None) -> Source:
     `scratch`: the directory where a compressed archive is decompressed (default: that of temporary files).
     """
     kind, path, ref = _parse(text)
-    files: SourceFiles = SourceDirectory(path) if os.path.isdir(path) else SourceArchive(path, scratch)
+    files = SourceDirectory(path) if os.path.isdir(path) else _open_archive(path, scratch)
     try:
         if kind == "":
             kind = "oci" if files.has("oci-layout") else "docker" if files.has("manifest.json") else ""
@@ -114,9 +114,15 @@ def open_source(text: str, *, scratch: str | None = None) -> Source:
         raise
 
 
+def _open_archive(path: str, scratch: str | None) -> SourceFiles:
+    from .sourcearchive import SourceArchive
+
+    return SourceArchive(path, scratch)
+
+
 def machine_platform() -> oci.Platform:
     """This machine's, as images spell it (GOARCH, GOARM)."""
-    machine = platform.machine()
+    machine = os.uname().machine
     names = {
         "x86_64": "amd64",
         "aarch64": "arm64",

@@ -38,7 +38,6 @@ from .importer import Importer, Progress
 from .layerfiles import Layer, LayerFiles
 from .layerref import LayerRef
 from .layout import DEFAULT_TAG, INTENT, Layout, RunLayout, default_run_dir
-from .metadataimage import write_metadata_image
 from .mounts import Changed, MountRecord, Mounts, forget_former_boot, is_of_this_boot
 from .names import parse_container_id
 from .nodes import Digest
@@ -444,6 +443,8 @@ class Store:
         """
         path = self._layout.metadata_image(image.id)
         if not os.path.exists(path):
+            from .metadataimage import write_metadata_image
+
             layers = self.open_layers(image, is_whole=True)
             with self._workspace.scratch() as scratch:
                 write_metadata_image(layers, scratch.create("image"))

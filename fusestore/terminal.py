@@ -6,6 +6,7 @@ most commands to run: it is imported where it is used.
 """
 
 import datetime
+import errno
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from .names import is_hex_id, printable
 
 __all__ = [
     "SHORT_ID",
+    "describe",
     "duration_text",
     "fail",
     "image_time",
@@ -37,6 +39,25 @@ __all__ = [
 
 SHORT_ID = 12
 """Hex digits of an id in tables; commands take them as well as the whole."""
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: what went wrong, where, what to do. For foreseen errors and OSErrors."""
+    if isinstance(error, OSError) and error.strerror:
+        advice = _ADVICE.get(error.errno or 0)
+        parts = [os.fsdecode(error.filename)] if error.filename else []
+        return ": ".join([*parts, error.strerror, *([advice] if advice else [])])
+    return str(error)
+
+
+_ADVICE = {
+    errno.ENOSPC: "make room there, or name other directories with --store and --run-dir",
+    errno.EDQUOT: "make room there, or name other directories with --store and --run-dir",
+    errno.EROFS: "mount it writable, or name other directories with --store and --run-dir",
+    errno.EIO: "the disk may be failing: look into dmesg",
+    errno.EMFILE: "raise the limit with ulimit -n",
+    errno.ENFILE: "close files of other programs, or raise fs.file-max with sysctl",
+}
 
 
 def fail(message: str, code: int = 1) -> int:

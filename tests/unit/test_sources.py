@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from rig.ocisources import OCI, SourceMaker, docker_archive, tar_of
 
-from fusestore import sourcefiles
+from fusestore import sourcearchive
 from fusestore.errors import BadSource
 from fusestore.oci import DOCUMENT_MAX, LAYERS_MAX
 from fusestore.sources import Source, machine_platform, open_source
@@ -416,7 +416,7 @@ def test_archives_that_do_not_decompress(tmp_path: Path, magic: bytes) -> None:
 
 
 def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sourcefiles, "ARCHIVE_MAX", 1 << 20)
+    monkeypatch.setattr(sourcearchive, "ARCHIVE_MAX", 1 << 20)
     (tmp_path / "a").write_bytes(gzip.compress(bytes(2 << 20)))
     with pytest.raises(BadSource, match="bytes decompressed"):
         open_source(f"{tmp_path}/a")
@@ -449,7 +449,7 @@ def test_archives_that_lie_about_sizes(tmp_path: Path, header: bytes) -> None:
 
 
 def test_too_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sourcefiles, "MEMBERS_MAX", 10)
+    monkeypatch.setattr(sourcearchive, "MEMBERS_MAX", 10)
     (tmp_path / "a").write_bytes(tar_of({str(number): b"" for number in range(11)}))
     with pytest.raises(BadSource, match="no sound archive"):
         open_source(f"{tmp_path}/a")
