@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import msgpack
-from rig.fuzzing import drive, own_directory
+from rig.fuzzing import drive, own_directory, spliced
 from rig.ocisources import SourceMaker, docker_archive, tar_of
 
 from fusestore import metadata, oci
@@ -202,19 +202,8 @@ TOKENS = (
 
 def mutated(source: random.Random) -> bytes:
     target = source.randrange(len(READERS))
-    data = bytearray(source.choice(SEEDS[target]))
-    for _ in range(source.choice((0, 1, 1, 2, 3, 8))):
-        place = source.randrange(len(data) + 1)
-        match source.randrange(4):
-            case 0:
-                data[place : place + 1] = source.randbytes(1)
-            case 1:
-                del data[place : place + source.randrange(1, 30)]
-            case 2:
-                data[place:place] = source.choice(TOKENS)
-            case _:
-                data[place : place + source.randrange(20)] = source.choice(TOKENS)
-    return bytes([target]) + bytes(data)
+    data = source.choice(SEEDS[target])
+    return bytes([target]) + spliced(source, data, TOKENS)
 
 
 if __name__ == "__main__":

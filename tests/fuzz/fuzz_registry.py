@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import urllib3.connection
-from rig.fuzzing import Bytes, drive, own_directory
+from rig.fuzzing import Bytes, drive, own_directory, spliced
 
 from fusestore.credentials import Credentials, find_credentials
 from fusestore.errors import BadInput, FusestoreError
@@ -247,22 +247,11 @@ TOKENS = (
 def mutated(source: random.Random) -> bytes:
     target = source.randrange(len(TARGETS))
     if TARGETS[target] is as_auth_file:
-        data = bytearray(source.choice(AUTH_FILES).encode())
+        data = source.choice(AUTH_FILES).encode()
     else:
         answers = BETWEEN.join(source.choice(ANSWERS) for _ in range(source.randint(1, 5)))
-        data = bytearray(bytes([source.randrange(9), source.randrange(3)]) + answers)
-    for _ in range(source.choice((0, 1, 1, 2, 3, 8))):
-        place = source.randrange(2, len(data) + 1)
-        match source.randrange(4):
-            case 0:
-                data[place : place + 1] = source.randbytes(1)
-            case 1:
-                del data[place : place + source.randrange(1, 30)]
-            case 2:
-                data[place:place] = source.choice(TOKENS)
-            case _:
-                data[place : place + source.randrange(20)] = source.choice(TOKENS)
-    return bytes([target]) + bytes(data)
+        data = bytes([source.randrange(9), source.randrange(3)]) + answers
+    return bytes([target]) + spliced(source, data, TOKENS, first=2)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import fusestore
 
-__all__ = ["Bytes", "drive", "kept", "own_directory"]
+__all__ = ["Bytes", "drive", "kept", "own_directory", "spliced"]
 
 T = TypeVar("T")
 INPUT_S = 10.0
@@ -64,6 +64,23 @@ class Bytes:
         kind = self.byte()
         value = int.from_bytes(self.take(kind % 10), "little")
         return -value if kind > 0xF0 else value
+
+
+def spliced(source: random.Random, data: bytes, tokens: Sequence[bytes], first: int = 0) -> bytes:
+    """`data` with a few places, from `first` on, changed: bytes and tokens put in, replaced, taken out."""
+    changed = bytearray(data)
+    for _ in range(source.choice((0, 1, 1, 2, 3, 8))):
+        place = source.randrange(min(first, len(changed)), len(changed) + 1)
+        match source.randrange(4):
+            case 0:
+                changed[place : place + 1] = source.randbytes(1)
+            case 1:
+                del changed[place : place + source.randrange(1, 30)]
+            case 2:
+                changed[place:place] = source.choice(tokens)
+            case _:
+                changed[place : place + source.randrange(20)] = source.choice(tokens)
+    return bytes(changed)
 
 
 def own_directory() -> Path:
