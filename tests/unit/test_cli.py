@@ -503,6 +503,25 @@ def test_an_end_after_ready_goes_to_the_log(tmp_path: Path) -> None:
     assert "Traceback" in text
 
 
+def test_no_text_makes_a_line_of_the_log(tmp_path: Path) -> None:
+    """Neither a message nor what an exception says."""
+    log, evil = tmp_path / "log", "x\n2026-01-01 00:00:00,000 ERROR fusestore: forged\x1b[8m\udcff"
+
+    def serve(ready: Callable[[], None]) -> None:
+        daemon.log_to(str(log))
+        try:
+            raise RuntimeError(evil)
+        except RuntimeError:
+            logging.getLogger("fusestore").exception("of %s", evil)
+        ready()
+
+    daemon.detach(serve)
+    text = log.read_text()
+    assert "\x1b" not in text
+    assert len(re.findall(r"^\S", text, re.MULTILINE)) == 1
+    assert text.count("forged\\x1b[8m\\udcff") == 2
+
+
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
     monkeypatch.setattr(daemon, "_LOG_MAX", 1000)
