@@ -201,7 +201,7 @@ def _json_list(text: str) -> list[str] | None:
     """The exec form; None if it is none, which then is the shell form, as in a Dockerfile."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_list = isinstance(found, list) and all(isinstance(word, str) for word in found)
     return found if is_list else None

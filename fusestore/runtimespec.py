@@ -96,13 +96,16 @@ def find_user(text: str, read: Callable[[str], str]) -> User:
 
 
 def _number(text: str) -> int | None:
-    is_id = text.isascii() and text.isdigit() and int(text[:12]) <= _ID_MAX
-    return int(text) if is_id else None
+    if not text.isascii() or not text.isdigit():
+        return None
+    digits = text.lstrip("0") or "0"
+    # int() refuses thousands of digits.
+    return int(digits) if len(digits) <= 10 and int(digits) <= _ID_MAX else None
 
 
 def _lines(text: str, least: int) -> Iterator[_Line]:
     """Those that are right, with `least` fields or more."""
-    for line in text.splitlines():
+    for line in text.split("\n"):  # unlike splitlines(), as everybody else reads these files
         fields = line.split(":")
         if len(fields) >= least and (number := _number(fields[2])) is not None:
             yield _Line(fields[0], number, fields[2:])

@@ -24,7 +24,7 @@ import msgpack
 from rig.fuzzing import drive, own_directory, spliced
 from rig.ocisources import SourceMaker, docker_archive, tar_of
 
-from fusestore import metadata, oci
+from fusestore import imageconfig, metadata, oci, runtimespec
 from fusestore.containers import Containers
 from fusestore.durable import Workspace, read_intent
 from fusestore.errors import BadInput, FusestoreError, StoreDamaged, StoreUnusable
@@ -48,6 +48,36 @@ def as_manifest(data: bytes) -> None:
 
 def as_config(data: bytes) -> None:
     oci.parse_config(data, "config")
+
+
+INSTRUCTIONS = imageconfig.parse(
+    [
+        *('CMD ["a"]', "ENTRYPOINT b", "ENV A=1", "EXPOSE 1", "LABEL l=1", "ONBUILD RUN x", "USER u"),
+        *("VOLUME /v", "WORKDIR w"),
+    ]
+)
+
+
+def as_run_config(data: bytes) -> None:
+    """What a container of an image is run by, and what a commit makes of it."""
+    oci.parse_config(data, "config")
+    config = oci.parse_object(data, "config")
+    settings = imageconfig.settings_of(config)
+    imageconfig.extend(config, None, {"created": "2024-01-01T00:00:00Z"})
+    INSTRUCTIONS(config)
+    imageconfig.settings_of(config)
+    oci.encode(config)
+    user = runtimespec.find_user(settings.get("User", ""), lambda path: data.decode("utf-8", "replace"))
+    assert 0 <= min(user.uid, user.gid) <= max(user.uid, user.gid, *user.groups) < 1 << 32
+    json.dumps(runtimespec.make_spec("/", "h", settings, ["x"], user))
+
+
+def as_users(data: bytes) -> None:
+    """passwd or group, and who is looked for."""
+    text = data.decode("utf-8", "replace")
+    who, _, files = text.partition("\n")
+    runtimespec.find_user(who, lambda path: files)
+    imageconfig.parse([f"CMD {who}", f"ENV {who}", f"VOLUME {who}", f"WORKDIR {who}"])({})
 
 
 def as_index(data: bytes) -> None:
@@ -153,6 +183,8 @@ READERS: list[tuple[Callable[[bytes], None], type[Exception]]] = [
     (as_stored_document, StoreDamaged),
     (as_intent, StoreDamaged),
     (as_format, StoreUnusable),
+    (as_run_config, BadInput),
+    (as_users, BadInput),
 ]
 
 
@@ -164,6 +196,22 @@ def check(data: bytes) -> None:
         reader(data[1:])
     except declared:
         pass
+
+
+RUN_CONFIG = json.dumps(
+    {
+        **{
+            "architecture": "amd64",
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": []},
+            "history": [],
+        },
+        "config": {
+            **{"User": "app:audio", "Env": ["A=1"], "Cmd": ["x"], "ExposedPorts": {"1/tcp": {}}},
+            **{"Labels": {"a": "b"}, "WorkingDir": "/srv", "Volumes": {"/v": {}}, "OnBuild": ["RUN x"]},
+        },
+    }
+).encode()
 
 
 def _seeds() -> list[list[bytes]]:
@@ -189,6 +237,8 @@ def _seeds() -> list[list[bytes]]:
         [b'{"names": {"n": ["c", "d"]}, "loose": {"blobs": ["%b"], "layers": ["%b"], "images": ["%b"]}}'
          % (digest.encode(), digest.encode(), ID.encode())],
         [b'{"format":"fusestore","version":%d,"features":[]}' % version for version in (1, 2)],
+        [RUN_CONFIG],
+        [b"app:audio\napp:x:1000:100:App:/srv:/bin/false\naudio:x:29:app,other\n"],
     ]  # fmt: skip
 
 

@@ -42,16 +42,38 @@ _FILES = {"etc/passwd": _PASSWD, "etc/group": _GROUP}
         (":users", User(0, 100)),
         ("nogid", User(12, 0)),
         ("4294967294", User(4294967294, 0)),
+        ("0" * 5000 + "12", User(12, 0)),
     ],
 )
 def test_a_user_is_looked_up(text: str, user: User) -> None:
     assert find_user(text, lambda path: _FILES[path]) == user
 
 
-@pytest.mark.parametrize("text", ["nobody", "app:nobody", "broken", "4294967295", "-1", "app:-1", "٣"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nobody",
+        "app:nobody",
+        "broken",
+        "4294967295",
+        "-1",
+        "app:-1",
+        "٣",
+        "0000000000004294967296",
+        "0" * 12 + "1" * 5000,
+        "app:" + "9" * 5000,
+    ],
+)
 def test_who_is_not_there_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="add it there"):
         find_user(text, lambda path: _FILES[path])
+
+
+@pytest.mark.parametrize("separator", "\v\f\x1c\x85\u2028")
+def test_only_a_newline_ends_a_line(separator: str) -> None:
+    passwd = f"app:x:1000:100:{separator}evil:x:0:0::/:\n"
+    with pytest.raises(BadInput, match="add it there"):
+        find_user("evil", lambda path: passwd)
 
 
 def test_numbers_need_no_files() -> None:
