@@ -200,15 +200,19 @@ def check(data: bytes) -> None:
 
 RUN_CONFIG = json.dumps(
     {
-        **{
-            "architecture": "amd64",
-            "os": "linux",
-            "rootfs": {"type": "layers", "diff_ids": []},
-            "history": [],
-        },
+        "architecture": "amd64",
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": []},
+        "history": [],
         "config": {
-            **{"User": "app:audio", "Env": ["A=1"], "Cmd": ["x"], "ExposedPorts": {"1/tcp": {}}},
-            **{"Labels": {"a": "b"}, "WorkingDir": "/srv", "Volumes": {"/v": {}}, "OnBuild": ["RUN x"]},
+            "User": "app:audio",
+            "Env": ["A=1"],
+            "Cmd": ["x"],
+            "ExposedPorts": {"1/tcp": {}},
+            "Labels": {"a": "b"},
+            "WorkingDir": "/srv",
+            "Volumes": {"/v": {}},
+            "OnBuild": ["RUN x"],
         },
     }
 ).encode()
