@@ -8,6 +8,7 @@ Objects hold no list of their children. The descriptors of all trees of a mount 
 an object that can be opened again by its name may lose its own whenever another is opened.
 """
 
+import errno
 import os
 import stat
 from collections import OrderedDict
@@ -128,11 +129,23 @@ class Descriptors:
     """The objects with an open descriptor that can be opened again, the least recently used first."""
 
     def __init__(self, capacity: int) -> None:
-        """`capacity`: at least 16, of which one operation may use half a dozen at a time."""
+        """`capacity`: at least 16, of which one operation may use half a dozen at a time. Beside them there
+        may be two and a half times as many open files."""
         self._capacity = capacity
+        self._files = 0
         self._open: OrderedDict[Object, None] = OrderedDict()
         self._trees: OrderedDict[Tree, None] = OrderedDict()
         self._idle: set[Tree] = set()
+
+    def begin_file(self) -> None:
+        """A file with a descriptor is to be opened; `end_file` follows. Raises EMFILE where the last ones
+        would go: everything else needs some for a moment."""
+        if self._files >= 5 * self._capacity // 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self._files += 1
+
+    def end_file(self) -> None:
+        self._files -= 1
 
     def entered(self, tree: Tree) -> None:
         """`tree` holds a descriptor of its root now. Beyond half the capacity those give it up that can."""

@@ -38,6 +38,9 @@ class Home(Protocol):
 
     def charged(self, fd: int) -> AbstractContextManager[None]: ...
 
+    def end_file(self) -> None:
+        """Called once, when a file is closed that was opened with a descriptor; before `end_use`."""
+
     def end_use(self) -> None:
         """Called once, when the file is closed."""
 
@@ -45,12 +48,13 @@ class Home(Protocol):
 class OpenFile(FileHandle):
     """An open regular file. One opened in a layer follows its object when that is copied up."""
 
-    __slots__ = ("_extents", "_fd", "_reader", "_size", "branch", "node")
+    __slots__ = ("_extents", "_fd", "_is_counted", "_reader", "_size", "branch", "node")
 
     def __init__(self, branch: Home, node: Object, fd: int) -> None:
         self.branch = branch
         self.node: Object = node
         self._fd = fd
+        self._is_counted = fd >= 0
         if fd < 0:
             self._reader, self._extents, self._size = branch.content(node)
 
@@ -144,6 +148,8 @@ class OpenFile(FileHandle):
             if self._fd >= 0:
                 self._close()
         finally:
+            if self._is_counted:
+                self.branch.end_file()
             self.branch.end_use()
 
     def _close(self) -> None:

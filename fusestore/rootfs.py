@@ -276,6 +276,12 @@ class Rootfs(Branch):
         finally:
             quota.changed(before, os.fstat(fd))
 
+    def begin_file(self) -> None:
+        self._descriptors.begin_file()
+
+    def end_file(self) -> None:
+        self._descriptors.end_file()
+
     def end_use(self) -> None:
         self._uses -= 1
         if self._uses == 0:
@@ -546,7 +552,14 @@ class Rootfs(Branch):
             raise IsADirectory("is a directory")
         self.begin_use()
         try:
-            return OpenFile(self, thing, self.reopen(thing, flags) if thing.in_upper else -1)
+            if not thing.in_upper:
+                return OpenFile(self, thing, -1)
+            self.begin_file()
+            try:
+                return OpenFile(self, thing, self.reopen(thing, flags))
+            except BaseException:
+                self.end_file()
+                raise
         except BaseException:
             self.end_use()
             raise

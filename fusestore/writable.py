@@ -113,17 +113,17 @@ class WritableRootfs(Rootfs):
         directory = _thing(node)
         replaces = self._vacant(directory, name)
         birth = self._birth(directory, stat.S_IFREG | mode, caller)
-        self.begin_use()
-        fd = -1
-        try:
+        with contextlib.ExitStack() as on_error:
+            self.begin_use()
+            on_error.callback(self.end_use)
+            self.begin_file()
+            on_error.callback(self.end_file)
             fd = self._upper.make_file(self.descriptor(directory), name, birth, replaces)
+            on_error.callback(os.close, fd)
             child = self._made(directory, name, Resolved(os.fstat(fd).st_ino, (), stat.S_IFREG))
-        except BaseException:
-            if fd >= 0:
-                os.close(fd)
-            self.end_use()
-            raise
-        return child, OpenFile(self, child, fd)
+            opened = OpenFile(self, child, fd)
+            on_error.pop_all()
+            return child, opened
 
     def mknod(self, node: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:
         directory = _thing(node)
