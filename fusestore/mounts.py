@@ -27,6 +27,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ _CONNECTIONS = "/sys/fs/fuse/connections"
 _PATIENCE_S = 5.0
 """How long a mount may take to answer. To have its kernel forget it may have to wait for a request that waits
 for the store's lock, behind many others."""
+_ENDING_S = 2.0
 _IMPATIENCE_S = 0.5
 """How long one may take that was late the last time."""
 _LEAVING_S = 120.0
@@ -285,7 +287,7 @@ class Mounts:
                     record = json.loads(os.pread(fd, _RECORD_MAX, 0))
                     started_ns = os.fstat(fd).st_mtime_ns
                     if _is_stuck(record["pid"]):
-                        _abort(record.get("device"), record["mountpoint"])
+                        _let_end(record["pid"], record.get("device"), record["mountpoint"])
                         continue
                     entry = MountRecord(record["mountpoint"], record["pid"], record["driver"], path)
                     found.append((started_ns, name, entry))
@@ -308,12 +310,19 @@ def _is_stuck(pid: int) -> bool:
         return False
 
 
-def _abort(device: str | None, mountpoint: str) -> None:
-    """Has the kernel fail every request to a mount (fuse.rst, "Control filesystem")."""
+def _let_end(pid: int, device: str | None, mountpoint: str) -> None:
+    """Has the kernel fail every request to a mount (fuse.rst, "Control filesystem"), and waits a moment for
+    the end of its process: after that its device may be another's."""
     path = f"{_CONNECTIONS}/{(device or '').partition(':')[2]}/abort"
     try:
-        with open(path, "wb") as file:
-            file.write(b"1")
+        with open(path, "wb", buffering=0) as file:
+            if _is_stuck(
+                pid
+            ):  # so what was opened is this mount's: nothing but its end lets go of the device
+                file.write(b"1")
+        give_up = time.monotonic() + _ENDING_S
+        while _is_stuck(pid) and time.monotonic() < give_up:
+            time.sleep(_ENDING_S / 1000)
     except OSError as error:
         _log.warning(
             "%s hangs, for its process was killed and does not end; %s: %s. "
