@@ -23,7 +23,7 @@ from . import errors
 from .documentfile import DocumentNode
 from .inodes import Branch, Inodes, Maybe, Node, Outward, Steps
 from .layout import Layout
-from .metadata import quota_of
+from .metadata import Document, quota_of
 from .nodes import Attr, Inode
 from .scratchfile import SCRATCH_FILES_MAX, ScratchFile, ScratchMemory
 from .store import Store
@@ -370,6 +370,12 @@ class ContainerDir(Node):
         """The kernel has something mounted over rootfs."""
         rootfs = self._parts.get(b"rootfs")
         return rootfs is not None and rootfs.is_covered
+
+    def asks_more(self, document: Document) -> bool:
+        """Whether that sets what the kernel's overlayfs knows nothing of: a quota, a mountlabel."""
+        label = document.get("mountlabel")
+        is_label = isinstance(label, str) and label.encode(errors="ignore") not in (b"", self._label)
+        return is_label or quota_of(document) not in (None, self._quota)
 
     def leave(self) -> Steps[None]:
         """Have every part give back what it holds while nobody is there. Raises Busy."""

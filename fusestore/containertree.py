@@ -20,7 +20,7 @@ from . import errors
 from .containerdir import DOCUMENT, PARTS, ContainerDir, EmptyDir, Surroundings
 from .documentfile import DocumentNode, DocumentReader, DocumentWriter
 from .inodes import Caller, Changes, FileHandle, Inodes, Maybe, Node, Steps
-from .metadata import parse_document, quota_of
+from .metadata import parse_document
 from .names import parse_container_id
 from .nodes import Attr
 from .scratchfile import ScratchFile, ScratchHandle
@@ -343,8 +343,8 @@ class ContainerTree(FixedBranch):
         binds = self._binds(container.id, data)
         if binds and container.is_entered:
             raise errors.Busy(f"container {container.id} was entered without an image: make another one")
-        if container.is_covered and quota_of(parse_document(data)) is not None:
-            yield from container.leave()  # the kernel knows no quota
+        if container.is_covered and container.asks_more(parse_document(data)):
+            yield from container.leave()
         yield lambda: self._store.set_container_metadata(container.id, data)
         if binds and container.is_entered and not container.is_in_use:
             # Someone entered while it was being bound, and sees no image yet.

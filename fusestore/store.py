@@ -598,8 +598,8 @@ class Store:
             except (TypeError, ValueError, RecursionError) as error:
                 raise BadInput(f"the document cannot be JSON: {error}") from None
         parsed = metadata.parse_document(document)
-        if metadata.quota_of(parsed) is not None:
-            self._have_idle(self._containers.resolve(ref))  # where the kernel serves it, which knows no quota
+        if metadata.quota_of(parsed) is not None or parsed.get("mountlabel"):
+            self._have_idle(self._containers.resolve(ref))  # where the kernel serves it, which knows neither
         with self._workspace.lock():
             container_id = self._containers.resolve(ref)
             self._containers.apply_locked(container_id, parsed, self._image_of)

@@ -423,16 +423,20 @@ def test_a_container_with_a_quota_is_the_unions(fresh: Mount) -> None:
     assert _overlays(fresh) == []
 
 
-def test_a_quota_is_refused_while_somebody_is_in_what_the_kernel_serves(fresh: Mount) -> None:
-    """It knows none. Once they have left, the container is the union's when it is entered again."""
+@pytest.mark.parametrize("key", ['"quota": 65536', '"mountlabel": "a:b:c"'])
+def test_what_the_kernel_knows_nothing_of_is_refused_while_somebody_is_in(fresh: Mount, key: str) -> None:
+    """Once they have left, the container is the union's when it is entered again."""
     script = """
-        mkdir containers/c; exec 3< containers/c/rootfs/etc/hostname
-        echo '{"quota": 65536}' > containers/c/metadata.json
+        mkdir containers/c; exec 3< containers/c/rootfs/etc/hostname; echo "{$1}" > containers/c/metadata.json
     """
-    fresh.sh(script).fails_with(errno.EBUSY)
-    assert fresh.sh("jq .quota containers/c/metadata.json").ok() == "null\n"
-    fresh.sh("echo '{\"quota\": 65536}' > containers/c/metadata.json").ok()
-    fresh.sh("dd if=/dev/zero of=containers/c/rootfs/x bs=1M count=1 conv=fsync").fails_with(errno.EDQUOT)
+    fresh.sh(script, key).fails_with(errno.EBUSY)
+    assert fresh.sh("jq -c '[.quota, .mountlabel]' containers/c/metadata.json").ok() == "[null,null]\n"
+    fresh.sh('echo "{$1}" > containers/c/metadata.json', key).ok()
+    if "quota" in key:
+        fresh.sh("dd if=/dev/zero of=containers/c/rootfs/x bs=1M count=1 conv=fsync").fails_with(errno.EDQUOT)
+    else:
+        shown = fresh.sh("getfattr --only-values -n security.selinux containers/c/rootfs/etc").ok()
+        assert shown.rstrip("\0\n") == "a:b:c"
     assert _overlays(fresh) == []
 
 
