@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG
 from typing import NamedTuple
 
-from .errors import LayerRefused
+from . import acl
+from .errors import BadInput, LayerRefused
 from .layerindex import (
     DRAFT,
     EXTENTS,
@@ -463,8 +464,20 @@ def _draft(entry: TarEntry) -> bytes:
             source = sum(extent.length for extent in entry.data)
     elif entry.type == b"2":
         size = len(entry.link)
-    mode = _TYPE_BITS[entry.type] | entry.mode
+    mode = _TYPE_BITS[entry.type] | _permissions(entry)
     return DRAFT.pack(mode, flags, entry.uid, entry.gid, mtime_fraction, mtime_s, size, entry.rdev, source)
+
+
+def _permissions(entry: TarEntry) -> int:
+    """The mode as it is where the entry is unpacked: bsdtar's header has the owning group's, not the mask."""
+    access = dict(entry.xattrs).get(acl.ACCESS) if entry.type != b"2" else None
+    if access is None:
+        return entry.mode
+    try:
+        acl.check(access)
+    except BadInput:  # of a table of contents: the tar is refused when it comes
+        return entry.mode
+    return acl.mode_of(access, entry.mode)[0]
 
 
 def _is_one_run(entry: TarEntry) -> bool:

@@ -6,6 +6,7 @@ import stat
 import pytest
 from rig.tars import entry, index_of, outline, walk
 
+from fusestore import acl
 from fusestore.errors import LayerRefused
 from fusestore.layer import LayerBuilder, LayerIndex, LayerLimits
 from fusestore.nodes import Extent, TarEntry
@@ -338,3 +339,11 @@ def test_parent_of_a_directory() -> None:
 
 def test_the_size_of_the_tar_is_kept() -> None:
     assert index_of([], 10_240).tar_size == 10_240
+
+
+def test_the_mode_is_that_of_the_list() -> None:
+    """A tar's header may have the permissions of the owning group where a file's mode has the mask."""
+    access = acl.from_text(b"user::rw,user:12:r,group::r,mask::rwx,other::r")
+    assert access is not None
+    index = index_of([entry(b"f", mode=0o4644, xattrs=((acl.ACCESS, access),))])
+    assert index.attr(walk(index)[b"f"]).mode == stat.S_IFREG | 0o4674
