@@ -59,6 +59,7 @@ below it (setup.cfg, checked by import-linter)::
     erofs                   a tree → an EROFS image
     durable                 how a change reaches the disk: temporary, fsync, rename, fsync
     disk                    the system calls that change it
+    lostmount               containers that a lost mount still serves
     metadata                the rules of metadata.json     oci           manifests and configs
                                                            imageconfig   what an image runs; commit
                                                            runtimespec   a config.json for runtimes

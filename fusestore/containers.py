@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from .durable import Workspace, discard, empty_trash, is_damage, lock_directory, read_file
 from .errors import BadDocument, BadName, Busy, Exists, Locked, NotFound, StoreDamaged
 from .layout import Layout, RunLayout
+from .lostmount import is_lost, require_alone
 from .metadata import DOCUMENT_MAX, Document, merge, parse_document, render
 from .names import is_hex_id, parse_container_id
 
@@ -245,24 +246,26 @@ class Containers:
         return Hold(fd)
 
     def is_held(self, container_id: str) -> bool:
-        """Whether anybody holds it now. One that is gone nobody holds."""
+        """Whether anybody holds it now, or is in a lost mount of it. One that is gone nobody holds."""
         try:
             fd = lock_directory(self._layout.container(container_id), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        if fd is not None:
-            os.close(fd)
-        return False
+        if fd is None:
+            return False
+        os.close(fd)
+        return is_lost(self._layout.upper(container_id), self._layout.work(container_id))
 
     @contextlib.contextmanager
     def _exclusive(self, container_id: str, what: str) -> Iterator[None]:
-        """Nobody else holds the container, and it is not started; else Busy."""
+        """Nobody else holds the container or is in a lost mount of it, and it is not started; else Busy."""
         if self.is_mounted(container_id):
             raise Busy(f"container {container_id} is started: stop it before you {what} it")
         fd = self._lock_exclusively(container_id, what)
         if fd is None:
             raise NotFound(f"there is no container {container_id!r}")
         try:
+            require_alone(container_id, self._layout.upper(container_id), self._layout.work(container_id))
             yield
         finally:
             os.close(fd)

@@ -22,9 +22,10 @@ from .blobs import LayerReader
 from .errors import StoreUnusable
 from .images import Image
 from .inodes import ROOT_INODE, Branch, Closable, Inodes, Node
-from .kernelrootfs import ErofsMounts, KernelMounts, KernelRootfs, OverlayMounts, require_alone
+from .kernelrootfs import ErofsMounts, KernelMounts, KernelRootfs, OverlayMounts
 from .layer import LayerBuilder, LayerIndex
 from .layout import Layout
+from .lostmount import require_alone
 from .nodes import Attr, Xattrs
 from .objects import Descriptors, Object
 from .rootfs import Opened, Opener, Rootfs
@@ -328,7 +329,8 @@ class _ContainerOpener:
         image_id = self._store.container(self._id).image_id
         lower, readers = self._layers(image_id)
         if self._is_entering:
-            require_alone(self._store, self._id)
+            work = self._store.overlay_work_dir(self._id)
+            require_alone(self._id, self._store.upper_dir(self._id), work)
             self._driver.entered(image_id)
         path = os.fsencode(self._store.upper_dir(self._id))
         if not self._is_entering and not os.path.exists(path):

@@ -37,22 +37,20 @@ from .erofsmount import mounts_files
 from .errors import Busy, FusestoreError, Locked, NotSupported, Stale
 from .images import Image
 from .inodes import Branch, Closable, Inodes, Maybe, Node, Outward, Pending, Steps
+from .lostmount import escaped, left_by
 from .mounter import Mounter
 from .nodes import Attr
 from .scheme import Scheme
 from .store import Store
 from .synthetic import ANEW, SHARED_S, RootfsBranch
-from .syscalls import is_mounted, make_mount
+from .syscalls import is_mounted
 
-__all__ = ["ErofsMounts", "KernelMounts", "KernelRootfs", "OverlayMounts", "require_alone"]
+__all__ = ["ErofsMounts", "KernelMounts", "KernelRootfs", "OverlayMounts"]
 
 _log = logging.getLogger("fusestore")
 
 _FAILURE_S = 1.0
 """How soon somebody walks again whose walk failed, at the latest."""
-_LEAVING_S = 1.0
-"""How long the kernel may take to be done with a mount that nobody is in any more."""
-_POLL_S = 0.05
 _HEARING_S = 0.05
 """How long the kernel may take to hear an answer."""
 
@@ -115,7 +113,9 @@ class KernelMounts(ABC):
             self._options(container_id),
             by_loops=self._by_loops,
         )
-        return _Mounted(self.mounter, token, number, hold, _former(self._store, container_id))
+        return _Mounted(
+            self.mounter, token, number, hold, left_by(self._store.overlay_work_dir(container_id))
+        )
 
     def _options(self, container_id: str) -> list[tuple[bytes, bytes | None]]:
         """overlayfs.rst. index=off and metacopy=off: what the union reads too; redirect_dir=on: see upper.
@@ -127,8 +127,8 @@ class KernelMounts(ABC):
             kept = (b"userxattr", None)
         return [
             (b"source", b"fusestore"),
-            (b"upperdir", _escaped(self._store.upper_dir(container_id))),
-            (b"workdir", _escaped(self._store.overlay_work_dir(container_id))),
+            (b"upperdir", escaped(self._store.upper_dir(container_id))),
+            (b"workdir", escaped(self._store.overlay_work_dir(container_id))),
             kept,
             (b"index", b"off"),
             (b"metacopy", b"off"),
@@ -197,7 +197,7 @@ class _Mounted:
     """A container's mount."""
 
     def __init__(self, mounter: Mounter, token: int, number: int, hold: Closable, former: str) -> None:
-        """See `Mounter.mount`, and `require_alone` for `former`."""
+        """See `Mounter.mount`, and `fusestore.lostmount.left_by` for `former`."""
         self._mounter = mounter
         self._token = token
         self._number = number
@@ -459,45 +459,3 @@ class KernelRootfs(Branch):
             mounted = self._mounts.mount(self._id, self._store.image(image_id), hold)
             stack.pop_all()
             return mounted
-
-
-def require_alone(store: Store, container_id: str) -> None:
-    """Raises Busy while somebody is in a mount of the container's that the kernel serves and no daemon has.
-
-    A killed daemon leaves those to who is in them, an unmount by hand too. overlayfs.rst: what else changes
-    its upper directory has undefined behavior.
-    """
-    former = _former(store, container_id)
-    if not os.path.lexists(former):
-        return  # what looks further has the kernel log an error
-    upper = _escaped(store.upper_dir(container_id))
-    give_up = time.monotonic() + _LEAVING_S
-    while _is_in_use(upper):
-        if time.monotonic() > give_up:
-            raise Busy(f"container {container_id} is in use in a mount that is gone: end what runs in it")
-        time.sleep(_POLL_S)
-    with suppress(OSError):
-        os.rmdir(former)
-
-
-def _former(store: Store, container_id: str) -> str:
-    """What overlayfs makes in its work directory for a mount, and leaves."""
-    return f"{store.overlay_work_dir(container_id)}/work"
-
-
-def _is_in_use(upper: bytes) -> bool:
-    """Whether there is an overlayfs with that upper directory, be it nowhere any more.
-
-    fs/overlayfs/super.c, ovl_fill_super: with index=on that is EBUSY, and looked at before the work
-    directory, which is wrong here on purpose.
-    """
-    options = [(b"lowerdir+", upper), (b"upperdir", upper), (b"workdir", upper), (b"index", b"on")]
-    try:
-        os.close(make_mount(b"overlay", options))
-    except OSError as error:
-        return error.errno == errno.EBUSY
-    return False
-
-
-def _escaped(path: str) -> bytes:
-    return os.fsencode(path).replace(b"\\", b"\\\\")

@@ -318,7 +318,8 @@ def test_a_container_waits_for_who_is_left_in_a_lost_mount(
         try:
             assert left.stdin and left.stdout and left.stdout.readline() == b"\n"
             lose_mount(fresh)
-            fresh.sh("echo x > containers/c/rootfs/file").fails_with(errno.EBUSY)
+            for attempt in ("echo x > c/rootfs/file", "rmdir c", "rm -r c", "mv c d"):
+                fresh.sh(f"cd containers; {attempt}").fails_with(errno.EBUSY)
             assert fresh.sh("cat containers/other/rootfs/etc/hostname").ok() == "busybox\n"
             left.communicate(b"\n", timeout=30)
         finally:
@@ -389,6 +390,14 @@ def test_o_direct_is_for_files_that_were_written_to(fresh: Mount) -> None:
     fresh.sh("mkdir containers/c").ok()
     result = fresh.sh("dd if=containers/c/rootfs/etc/hostname iflag=direct of=/dev/null")
     result.fails_with(errno.EINVAL)
+
+
+@by_erofs
+def test_lists_are_for_files_that_were_changed(fresh: Mount) -> None:
+    fresh.sh("mkdir containers/c").ok()
+    give = "setfacl -m u:12:r containers/c/rootfs/etc/passwd"
+    fresh.sh(give).fails_with(errno.EOPNOTSUPP)
+    fresh.sh(f"touch containers/c/rootfs/etc/passwd; {give}").ok()
 
 
 def test_hard_links_of_the_image_part_when_one_is_written_to(mounted: Mount) -> None:
