@@ -28,20 +28,32 @@ from rig.requirements import need
 
 P = TypeVar("P", bound=Place)
 
+DRIVER = os.environ.get("FUSESTORE_TEST_DRIVER", "union")
+"""Of root's mounts. With another than the union root's tests are run, but for those marked `by_union`."""
+
 
 def pytest_configure() -> None:
     if os.geteuid() == 0:
         leave_the_mounts_of_others()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers, one tests as root and one as the plain user: each makes its shared mount once."""
+    others = [] if DRIVER == "union" else [item for item in items if not _is_drivers(item)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     for item in items:
-        parameters = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
-        group = parameters.get("person", item.location[0])
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+        item.add_marker(pytest.mark.xdist_group(_person(item) or item.location[0]))
+
+
+def _is_drivers(item: pytest.Item) -> bool:
+    return _person(item) == "root" and item.get_closest_marker("by_union") is None
+
+
+def _person(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("person")
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +154,7 @@ def person(request: pytest.FixtureRequest) -> Iterator[Person]:
 def _find_person(name: str, stack: ExitStack) -> Person:
     if name not in ("user", "overlay-user"):
         need("root", os.geteuid() == 0, "run the tests as root to test root's mounts")
-        found = replace(root(), driver="union" if name == "root" else name)
+        found = replace(root(), driver=DRIVER if name == "root" else name)
     else:
         found = plain_user()
         why = f"{found.name} cannot run the installed fusestore: put it and its Python where all may read"
