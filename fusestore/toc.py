@@ -38,6 +38,9 @@ __all__ = [
 
 TOC_MAX: Final = 128 << 20
 """Bytes of a table: about half a million entries."""
+_VALUES_MAX: Final = 12 << 20
+"""Commas, and what opens objects and lists: for each, three bytes or so, a table may take 100 of memory.
+A table of 128 MiB that lists a tree has 5 to 9 million."""
 CHUNK_MAX: Final = 32 << 20
 """Bytes of a chunk, which is decompressed whole: stargz-snapshotter makes 4 MiB."""
 FOOTER: Final = 51
@@ -123,6 +126,8 @@ def parse_footer(data: bytes) -> int:
 
 def parse_toc(data: bytes, end: int) -> Toc:
     """`end`: of the content in the blob, where the table begins. Raises NoToc."""
+    if sum(map(data.count, (b",", b"{", b"["))) > _VALUES_MAX:
+        raise NoToc("its table of contents is too large")
     try:
         document = jiter.from_json(data)
     except ValueError as error:

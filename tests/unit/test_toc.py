@@ -134,3 +134,11 @@ def test_tables_that_are_refused(entries: list[Any]) -> None:
 def test_what_is_no_table(data: bytes) -> None:
     with pytest.raises(NoToc):
         parse_toc(data, 10)
+
+
+@pytest.mark.parametrize("value", [b"{}", b"[]", b"1", b'""'])
+def test_a_table_of_nothing_but_values_takes_no_memory(value: bytes) -> None:
+    """It would take thirty times its own size, and comes in a thousandth of that."""
+    data = b'{"entries":[' + (value + b",") * (13 << 20) + value + b"]}"
+    with pytest.raises(NoToc, match="too large"):
+        parse_toc(data, 10)
