@@ -22,7 +22,7 @@ Reading is a `LayerReader`: of a plain tar `_PlainReader`, of a compressed one `
 cache file are kept open: a reader goes on working when their names are removed, and goes on with another blob
 of that name only when told (`LayerReader.reopen`). Every decoded span is
 compared with its CRC-32 before anyone sees it, so a damaged blob is an error for its damaged spans, and never
-wrong data.
+wrong data. Of a tar that is a file a span is compared when something of it is read first, by this reader.
 """
 
 import os
@@ -34,6 +34,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, Protocol
+
+from isal.isal_zlib import crc32
 
 from .durable import is_damage
 from .errors import LayerRefused, StoreDamaged
@@ -78,8 +80,8 @@ class Ingested:
     """Bytes of that tar: more than the blob decompresses to, where it leaves out the padding."""
     index: bytes
     """The file `fusestore.layer.LayerIndex` reads."""
-    seek: bytes | None
-    """The file `fusestore.seek.SeekTable` reads; None for an uncompressed tar, which needs none."""
+    seek: bytes
+    """The file `fusestore.seek.SeekTable` reads."""
     compression: Compression
 
 
@@ -133,7 +135,7 @@ def ingest(
             take(piece)
         data = read()
     decoder.close()
-    # Not of a plain tar: that is its own diff_id, and has no table to say that zeros follow it.
+    # Not of a plain tar: that is its own diff_id.
     if expected_diff_id is not None and compression != "none":
         padding = _missing_padding(tar_hash, spans.tar_size, expected_diff_id)
         if padding:
@@ -150,7 +152,7 @@ def ingest(
         diff_id=diff_id,
         tar_size=spans.tar_size,
         index=builder.finish(spans.tar_size),
-        seek=None if compression == "none" else spans.finish(compression, blob_size),
+        seek=spans.finish(compression, blob_size),
         compression=compression,
     )
 
@@ -220,7 +222,7 @@ def _decoder(compression: Compression, spans: SpanCutter) -> Decoder:
         return GzipDecoder(spans)
     if compression == "zstd":
         return ZstdDecoder(spans)
-    return PlainDecoder()
+    return PlainDecoder(spans)
 
 
 def _missing_padding(tar_hash: "HASH", tar_size: int, diff_id: Digest) -> int:
@@ -317,25 +319,27 @@ class LayerReader(ABC):
 
 def open_reader(
     blob_path: FilePath,
-    seek_path: FilePath | None,
+    seek_path: FilePath,
     cache: SpanCache,
     cache_path: FilePath,
     tar_size: int,
     tar_path: FilePath | None = None,
 ) -> LayerReader:
-    """A reader of the blob, with the table in `seek_path` (None: the blob is the tar itself).
+    """A reader of the blob, with its table in `seek_path`.
 
     `cache_path` need not exist. Where the whole tar is at `tar_path`, that is read instead of the blob.
     Raises StoreDamaged when blob or table are missing, or the table is damaged or made for a tar of another
     size; OSError where they could not be opened.
     """
     blob_fd = _open_blob(blob_path)
-    if seek_path is None:
-        return _PlainReader(blob_fd, blob_path, tar_size)
     with ExitStack() as on_error:
         on_error.callback(os.close, blob_fd)
         table = SeekTable(seek_path, tar_size)
         on_error.callback(table.close)
+        if table.compression == "none":
+            table.close()  # it has no windows
+            on_error.pop_all()
+            return _PlainReader(blob_fd, blob_path, table)
         cached = cache.open(cache_path, table)
         on_error.pop_all()
     return _SpanReader(blob_fd, blob_path, table, cached, tar_path)
@@ -351,25 +355,51 @@ def _open_blob(path: FilePath) -> int:
 class _PlainReader(LayerReader):
     """The blob is the tar, or lies beside it."""
 
-    def _truncated(self) -> StoreDamaged:
-        return _damaged(self._blob_path, "truncated")
+    def __init__(self, blob_fd: int, blob_path: FilePath, table: SeekTable) -> None:
+        """Of the table only spans and checksums are used."""
+        super().__init__(blob_fd, blob_path, table.tar_size)
+        self._table = table
+        self._is_sound = bytearray(len(table))
+        """Of each span, whether it was compared with its checksum. Threads may do so twice."""
+
+    def _damaged(self, what: str) -> StoreDamaged:
+        return _damaged(self._blob_path, what)
+
+    def reopen(self) -> None:
+        super().reopen()
+        self._is_sound = bytearray(len(self._table))
 
     def read_now(self, offset: int, length: int) -> bytes | None:
-        length = min(length, self.size - offset)
-        if length <= 0:
+        end = min(offset + length, self.size)
+        if offset >= end:
             return b""
-        data = pread_now(self._blob_fd, length, offset)
-        return None if data is None or len(data) < length else data
+        if 0 in self._is_sound[self._table.find(offset) : self._table.find(end - 1) + 1]:
+            return None
+        data = pread_now(self._blob_fd, end - offset, offset)
+        return None if data is None or len(data) < end - offset else data
 
     def read(self, offset: int, length: int) -> bytes:
-        length = min(length, self.size - offset)
-        if length <= 0:
+        end = min(offset + length, self.size)
+        if offset >= end:
             return b""
-        data = os.pread(self._blob_fd, length, offset)
-        while len(data) < length:
-            more = os.pread(self._blob_fd, length - len(data), offset + len(data))
+        is_sound = self._is_sound
+        for span in range(self._table.find(offset), self._table.find(end - 1) + 1):
+            if not is_sound[span]:
+                self._compare(span)
+                is_sound[span] = True
+        return self._read(offset, end)
+
+    def _compare(self, span: int) -> None:
+        start, end = self._table.starts[span], self._table.starts[span + 1]
+        if crc32(self._read(start, end)) != self._table.crc32s[span]:
+            raise self._damaged(f"bytes {start} to {end} have another checksum than when it came")
+
+    def _read(self, offset: int, end: int) -> bytes:
+        data = os.pread(self._blob_fd, end - offset, offset)
+        while len(data) < end - offset:
+            more = os.pread(self._blob_fd, end - offset - len(data), offset + len(data))
             if not more:
-                raise self._truncated()
+                raise self._damaged("truncated")
             data += more
         return data
 
@@ -382,18 +412,18 @@ class _PlainReader(LayerReader):
 class _LocalTar(_PlainReader):
     """What `unpack` gave. Not reopened: there is another one for another file."""
 
-    def _truncated(self) -> StoreDamaged:
-        return StoreDamaged(f"{os.fsdecode(self._blob_path)} is truncated: remove it and mount anew")
+    def _damaged(self, what: str) -> StoreDamaged:
+        return StoreDamaged(f"{os.fsdecode(self._blob_path)}: {what}: remove it and mount anew")
 
 
-def _open_tar(path: FilePath, size: int) -> _LocalTar | None:
+def _open_tar(path: FilePath, table: SeekTable) -> _LocalTar | None:
     """None where it is not there, or cannot be read: the blob has it too."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    tar = _LocalTar(fd, path, size)
-    return tar if os.fstat(fd).st_size == size else None
+    tar = _LocalTar(fd, path, table)
+    return tar if os.fstat(fd).st_size == table.tar_size else None
 
 
 class _SpanReader(LayerReader):
@@ -425,7 +455,7 @@ class _SpanReader(LayerReader):
         self._find_tar()
 
     def _find_tar(self) -> None:
-        self._tar = None if self._tar_path is None else _open_tar(self._tar_path, self.size)
+        self._tar = None if self._tar_path is None else _open_tar(self._tar_path, self._table)
         if self._tar is not None:
             self._unstored = None
             self._cached.clear()

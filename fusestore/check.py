@@ -211,8 +211,7 @@ def _check_layer(layout: Layout, layer: LayerRef, advance: Callable[[int], None]
         yield Finding(path, f"is damaged ({error.__cause__})", _IMPORT_AGAIN, Cure.SET_ASIDE)
         return
     yield from _check_index(layout.layer_index(layer.diff_id), made)
-    if made.seek is not None:
-        yield from _check_table(layout.seek_table(layer.diff_id, layer.blob), made)
+    yield from _check_table(layout.seek_table(layer.diff_id, layer.blob), made)
 
 
 def _check_index(path: str, made: Ingested) -> Iterator[Finding]:
@@ -276,8 +275,7 @@ def _check_metadata_image(store: Store, layout: Layout, image: Image, wrong: set
     needed = [layout.blob(layer.blob) for layer in image.layers]
     for layer in image.layers:
         needed.append(layout.layer_index(layer.diff_id))
-        if layer.is_compressed:
-            needed.append(layout.seek_table(layer.diff_id, layer.blob))
+        needed.append(layout.seek_table(layer.diff_id, layer.blob))
     if wrong.intersection(needed) or not all(map(os.path.exists, [path, *needed])):
         return
     try:

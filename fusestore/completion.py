@@ -139,20 +139,18 @@ def _take_in(
 
 def _stage(layout: Layout, ref: LayerRef, made: Ingested, scratch: Scratch) -> list[tuple[str, str]]:
     scratch.write("index", made.index)
-    moves = [(scratch.join("index"), layout.layer_index(ref.diff_id))]
-    if made.seek is not None:
-        scratch.write("seek", made.seek)
-        moves.append((scratch.join("seek"), layout.seek_table(ref.diff_id, ref.blob)))
+    scratch.write("seek", made.seek)
     scratch.sync()
-    return moves
+    return [
+        (scratch.join("index"), layout.layer_index(ref.diff_id)),
+        (scratch.join("seek"), layout.seek_table(ref.diff_id, ref.blob)),
+    ]
 
 
 def _compare(table: ChunkTable, made: Ingested, directory: str, scratch: Scratch) -> str:
     shown = map_index(Layout.lazy_index_in(directory))
-    seek = scratch.join("seek") if made.seek is not None else None
-    reader = open_reader(
-        Layout.lazy_part_in(directory), seek, SpanCache(0), scratch.join("cache"), made.tar_size
-    )
+    part = Layout.lazy_part_in(directory)
+    reader = open_reader(part, scratch.join("seek"), SpanCache(0), scratch.join("cache"), made.tar_size)
     try:
         return difference(shown, table, LayerIndex(made.index), reader)
     finally:

@@ -306,8 +306,6 @@ class Importer:
         ref = LayerRef(layer.diff_id, made.blob, made.blob_size, media_type)
         index_file = f"index-{prefix}"
         scratch.write(index_file, made.index)
-        if made.seek is None:
-            return _Staged(ref, blob_path, index_file)
         seek_file = f"seek-{prefix}"
         scratch.write(seek_file, made.seek)
         return _Staged(ref, blob_path, index_file, seek_file)
@@ -343,8 +341,7 @@ class Importer:
         needed = [] if layer.blob_path else [self._layout.blob(ref.blob)]
         if layer.index_file is None:
             needed.append(self._layout.layer_index(ref.diff_id))
-            if ref.is_compressed:
-                needed.append(self._layout.seek_table(ref.diff_id, ref.blob))
+            needed.append(self._layout.seek_table(ref.diff_id, ref.blob))
         return all(os.path.exists(path) for path in needed)
 
     def _publish_locked(

@@ -138,8 +138,7 @@ class LayerFiles:
         """Whether the derived files open, and so prove that blob and diff_id belong together."""
         try:
             tar_size = map_index(self._layout.layer_index(ref.diff_id)).tar_size
-            if ref.is_compressed:
-                SeekTable(self._layout.seek_table(ref.diff_id, ref.blob), tar_size).close()
+            SeekTable(self._layout.seek_table(ref.diff_id, ref.blob), tar_size).close()
         except (OSError, StoreDamaged) as error:
             if not is_damage(error):
                 raise
@@ -254,7 +253,7 @@ class LayerFiles:
 
     def _open_layer(self, ref: LayerRef) -> Layer:
         index = map_index(self._layout.layer_index(ref.diff_id))
-        table = self._layout.seek_table(ref.diff_id, ref.blob) if ref.is_compressed else None
+        table = self._layout.seek_table(ref.diff_id, ref.blob)
         cache, cache_path = self._span_cache(), self._layout.span_cache(ref.diff_id)
         tar = self._layout.tar(ref.diff_id)
         reader = open_reader(self._layout.blob(ref.blob), table, cache, cache_path, index.tar_size, tar)
@@ -284,5 +283,4 @@ class LayerFiles:
                 )
             self._workspace.make_directory(self._layout.layer(ref.diff_id))
             self._workspace.write_file(self._layout.layer_index(ref.diff_id), made.index)
-            if made.seek is not None:
-                self._workspace.write_file(self._layout.seek_table(ref.diff_id, ref.blob), made.seek)
+            self._workspace.write_file(self._layout.seek_table(ref.diff_id, ref.blob), made.seek)

@@ -13,7 +13,7 @@ at the end. Paths are str as os.fsdecode makes them (surrogateescape); ids and n
       blobs/sha256/<hex>              manifests, configs, layers: their sha256 is their name
       layers/<diff_id hex>/           derived from a layer's blob: may be deleted, is rebuilt when needed
         index                         the layer's tree (fusestore.layer)
-        seek.<blob hex>               restart points in that compressed blob (fusestore.seek)
+        seek.<blob hex>               restart points in that blob, checksums (fusestore.seek)
         cache                         sparse: what was decompressed so far (fusestore.spancache)
         tar                           the layer uncompressed, where `fusestore hydrate` was asked for it
         lazy.<blob hex>/              instead of the three, as long as the blob is not all here
@@ -68,8 +68,8 @@ config's digest.
 The number in its name is raised with every change of what is written (`METADATA_IMAGE_VERSION`).
 
 **layers/<diff_id>/seek.<blob>**: exists only after the blob was decompressed and hashed to that diff_id: it
-is the proof that blob and diff_id belong together. An uncompressed layer needs none: its blob digest is its
-diff_id.
+is the proof that blob and diff_id belong together. Of an uncompressed layer there may be none, from before
+there were: it is made when the layer is opened.
 
 **layers/<diff_id>/tar**: what has that diff_id, sparse: whole and verified before it has its name. It may be
 removed at any time; who has it open goes on reading it. Of an uncompressed layer there is none: that is its
@@ -123,7 +123,7 @@ Refused by a reader, in these words (StoreUnusable)::
 History::
 
     1   first version. scheme came later: a store without it gets it when it is mounted. quarantine and
-        layers/<diff_id>/tar came later, lazy.<blob> and downloads too
+        layers/<diff_id>/tar came later, lazy.<blob> and downloads too, and seek.<blob> of uncompressed layers
 """
 
 import hashlib

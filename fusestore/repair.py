@@ -150,8 +150,7 @@ class _Bench:
                 continue  # its blob is a finding itself
             moved = self._move(path)
             data = made.index if path == layout.layer_index(layer.diff_id) else made.seek
-            if data is not None:
-                self._workspace.write_file(path, data)
+            self._workspace.write_file(path, data)
             return f"made again from the blob, the old one {moved}"
         return self._move(path)
 

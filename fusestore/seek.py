@@ -1,4 +1,4 @@
-"""Seek points of a compressed layer: the table of its spans. Blocking: preads its own file.
+"""Seek points of a layer: the table of its spans. Blocking: preads its own file.
 
 The uncompressed tar is cut into *spans* of about 1 MiB, each with the CRC-32 of its bytes. A span with a
 *restart* can be decoded without what stands before it; one without is reached by decoding from the nearest
@@ -10,7 +10,8 @@ restart before it. The spans from one restart up to the next are a *run*::
 
 One table serves all formats: gzip restarts at the ends of deflate blocks (with the 32 KiB before them, the
 window), zstd at the starts of frames, and a stream that offers none of these has one run. A run whose restart
-is at the end of the blob is zeros: padding of the tar that the blob leaves out (blobs.py).
+is at the end of the blob is zeros: padding of the tar that the blob leaves out (blobs.py). Of a blob that is
+not compressed each span is a run: what it has the table for is the checksums.
 
 The file, version 1, little endian::
 
@@ -59,7 +60,7 @@ _MAGIC = b"FSSPANS\n"
 _VERSION = 1
 _HEADER = struct.Struct("<8sHBxIQQQII")
 _RECORD = struct.Struct("<QQQIHBB")
-_CODES: dict[Compression, int] = {"gzip": 1, "zstd": 2}
+_CODES: dict[Compression, int] = {"none": 0, "gzip": 1, "zstd": 2}
 _RESTART = 1
 
 
@@ -113,7 +114,7 @@ class SpanCutter:
             data = data[len(piece) :]
 
     def finish(self, compression: Compression, blob_size: int) -> bytes:
-        """The table file's bytes, for the compressed blob just decoded."""
+        """The table file's bytes, for the blob just decoded."""
         self._end_span()
         records = b"".join(_RECORD.pack(*record) for record in self._records)
         header = _HEADER.pack(

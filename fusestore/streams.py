@@ -99,9 +99,14 @@ def _is_skippable(head: bytes | bytearray) -> bool:
 
 
 class PlainDecoder:
-    """A tar that is not compressed: what comes in goes out."""
+    """A tar that is not compressed: what comes in goes out, and reading can start anywhere."""
+
+    def __init__(self, spans: SpanCutter) -> None:
+        self._spans = spans
 
     def feed(self, data: bytes) -> Iterator[memoryview]:
+        if self._spans.wants_restart:
+            self._spans.restart(self._spans.tar_size, 0, b"")
         yield memoryview(data)
 
     def close(self) -> None:

@@ -94,6 +94,6 @@ def test_image_record(root: Path) -> None:
 
 
 def test_layer_files(root: Path) -> None:
-    assert [str(path.relative_to(root)) for path in root.glob("layers/*/*")] == [
-        f"layers/{digest(TAR)[7:]}/index"
-    ]
+    layer = digest(TAR)[7:]
+    found = sorted(str(path.relative_to(root)) for path in root.glob("layers/*/*"))
+    assert found == [f"layers/{layer}/index", f"layers/{layer}/seek.{layer}"]

@@ -24,6 +24,7 @@ from fusestore.blobs import Ingested, LayerReader, derive, ingest, open_reader
 from fusestore.errors import LayerRefused, StoreDamaged
 from fusestore.layer import LayerIndex
 from fusestore.nodes import Digest
+from fusestore.seek import SeekTable
 from fusestore.spancache import SpanCache
 from fusestore.tar import TarLimits
 
@@ -53,7 +54,7 @@ class Layer:
         return self.place / "blob"
 
     def open(self, cache: SpanCache) -> LayerReader:
-        seek = str(self.place / "seek") if self.ingested.seek else None
+        seek = str(self.place / "seek")
         return open_reader(str(self.path), seek, cache, str(self.place / "cache"), self.ingested.tar_size)
 
 
@@ -75,8 +76,7 @@ def layer(ingested):
         places.append(place)
         blob, result = ingested[name]
         (place / "blob").write_bytes(blob)
-        if result.seek:
-            (place / "seek").write_bytes(result.seek)
+        (place / "seek").write_bytes(result.seek)
         return Layer(place, blob, result)
 
     yield made
@@ -123,8 +123,29 @@ def test_the_index_knows_where_the_content_is(ingested, name):
         assert found == data
 
 
-def test_a_plain_tar_has_no_table(ingested):
-    assert ingested["plain"][1].seek is None
+def test_of_a_plain_tar_each_span_can_be_read_alone(layer):
+    one = layer("plain")
+    table = SeekTable(one.place / "seek", len(TAR))
+    assert table.compression == "none"
+    assert [table.run(span) for span in range(len(table))] == [(n, n + 1) for n in range(len(table))]
+    assert [table.restart(span).in_offset for span in range(len(table))] == list(table.starts[:-1])
+    table.close()
+
+
+def test_a_damaged_plain_tar_is_an_error_where_it_is_damaged_only(layer):
+    one = layer("plain")
+    changed = bytearray(one.blob)
+    changed[-1000] ^= 1
+    one.path.write_bytes(changed)
+    reader = one.open(SpanCache(LARGE))
+    assert reader.read(0, 4096) == TAR[:4096]
+    with pytest.raises(StoreDamaged, match=f"layer blob {one.path}: .* another checksum .* import the image"):
+        reader.read(len(TAR) - 4096, 10)
+    assert reader.read_now(len(TAR) - 4096, 10) is None
+    one.path.write_bytes(one.blob)
+    reader.reopen()
+    assert reader.read(len(TAR) - 4096, 4096) == TAR[-4096:]
+    reader.close()
 
 
 def test_the_sink_gets_the_blob_and_progress_its_length(ingested):
@@ -259,6 +280,8 @@ def test_read_now_gives_what_was_decoded_and_nothing_else(layer, name):
 def test_read_now_of_a_plain_tar_gives_what_is_in_memory(layer):
     made = layer("plain")
     reader = made.open(SpanCache(0))
+    assert reader.read_now(100, 10) is None
+    reader.read(0, len(TAR))  # and so it was compared
     assert reader.read_now(100, 3_000_000) == TAR[100:3_000_100]
     with open(made.path, "rb") as blob:
         drop_pages(blob.fileno())

@@ -110,8 +110,19 @@ def test_one_that_is_cut_while_it_is_open_is_told_of(store: Store, image: Image,
     hydrate(store, image)
     layers = store.open_layers(image)
     os.truncate(tars[0], 1000)
-    with pytest.raises(StoreDamaged, match=f"{tars[0]} is truncated: remove it and mount anew"):
+    with pytest.raises(StoreDamaged, match=f"{tars[0]}: truncated: remove it and mount anew"):
         layers[0].reader.read(0, 2000)
+    tars[0].unlink()
+
+
+def test_one_that_is_damaged_is_told_of(store: Store, image: Image, tars: list[Path]) -> None:
+    hydrate(store, image)
+    layers = store.open_layers(image)
+    data = bytearray(tars[0].read_bytes())
+    data[600] ^= 1
+    tars[0].write_bytes(data)
+    with pytest.raises(StoreDamaged, match=f"{tars[0]}: .* another checksum .*: remove it and mount anew"):
+        layers[0].reader.read(0, 10)
     tars[0].unlink()
 
 

@@ -139,6 +139,20 @@ def test_another_compression_of_an_image_only_brings_names(tmp_path: Path, store
     assert stored(store) == before
 
 
+def test_an_uncompressed_layer_from_before_there_were_checksums_gets_them(
+    tmp_path: Path, store: Store
+) -> None:
+    maker = SourceMaker()
+    plain = [maker.blob(BASE, OCI + "layer.v1.tar")]
+    image = store.import_image(maker.add(maker.image([BASE], layers=plain), "x").directory(tmp_path / "1"))
+    (table,) = Path(store.path).glob("layers/*/seek.*")
+    made = table.read_bytes()
+    table.unlink()
+    with open_at(tmp_path) as other:
+        assert read(other, image) == [BASE]
+    assert table.read_bytes() == made
+
+
 @pytest.mark.parametrize("damage", ["remove", "change", "truncate"])
 def test_importing_again_repairs(tmp_path: Path, store: Store, damage: str) -> None:
     text = layout(tmp_path / "1", BASE, APP)

@@ -206,8 +206,7 @@ def test_a_window_longer_than_deflate_has_is_refused(open_table):
     ("fmt", "offset", "value"),
     [
         ("<H", 8, 2),  # version
-        ("<B", 10, 0),  # compression
-        ("<B", 10, 3),
+        ("<B", 10, 3),  # compression
         ("<I", 12, 2),  # spans
         ("<I", 12, 1 << 31),
         ("<Q", 16, 61),  # sizes of tar, blob, windows

@@ -79,7 +79,7 @@ def test_an_empty_stream_has_no_spans(name, tmp_path):
 
 def test_a_plain_tar_comes_out_as_it_goes_in():
     spans = SpanCutter()
-    assert decode(PlainDecoder(), spans, PLAIN) == PLAIN
+    assert decode(PlainDecoder(spans), spans, PLAIN) == PLAIN
 
 
 @pytest.mark.parametrize("name", [name for name in STREAMS if name.startswith("gzip")])
