@@ -59,8 +59,13 @@ def write_bundle(
     path = os.path.join(directory, "config.json")
     try:
         with open(path, "x", encoding="utf-8") as file:
-            json.dump(spec, file, indent=2)
-            file.write("\n")
+            try:
+                json.dump(spec, file, indent=2)
+                file.write("\n")
+                file.flush()
+            except BaseException:
+                os.unlink(path)  # half of it would be in the way of the next
+                raise
     except FileExistsError:
         raise Exists(f"{path} is there already: remove it, or name another directory") from None
 

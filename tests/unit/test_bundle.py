@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,19 @@ def test_a_config_that_is_there_stays(live: Store, tmp_path: Path) -> None:
     with pytest.raises(Exists, match="remove it"):
         write_bundle(live, "c", str(tmp_path / "bundle"), [])
     assert (tmp_path / "bundle/config.json").read_text() == "mine"
+
+
+def test_half_a_config_is_not_left(live: Store, tmp_path: Path) -> None:
+    _container(live, tmp_path, {"etc/passwd": _PASSWD})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_bundle(live, "c", str(tmp_path / "bundle"), [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path / "bundle") == []
+    assert _written(live, tmp_path)
 
 
 def test_without_a_mount_there_is_no_rootfs(store: Store, tmp_path: Path) -> None:
