@@ -375,6 +375,9 @@ def test_inode_numbers_of_what_was_changed_are_kept_where_erofs_is_below(fresh: 
     number = "stat -c %i containers/c/rootfs/etc/hostname"
     before = fresh.sh(f"mkdir containers/c; {number}").ok()
     assert fresh.sh(f"touch containers/c/rootfs/etc/hostname; {number}").ok() == before
+    linked = fresh.sh("cd containers/c/rootfs/etc; ln hostname link; stat -c %i link; echo x >> link").ok()
+    assert (linked == before) == (fresh.person.driver == "erofs")
+    assert fresh.sh("cat containers/c/rootfs/etc/hostname").ok() == "busybox\nx\n"
     drop_names()
     assert (fresh.sh(number).ok() == before) == (fresh.person.driver == "erofs")
 

@@ -2,10 +2,12 @@
 
 All is done four times: in a container; in a plain directory that has the same; and, as root, in overlayfs
 over the same layers, unpacked, with its defaults and with redirect_dir=on. `DIFFERENCES` is all that may
-differ, and each of them must; the README says why. What the kernel serves is as the last of these.
+differ, and each of them must; the README says why. What the kernel serves is as the last of these; by
+`--driver overlay` a sample is done, where each kind of object and each operation are often met.
 """
 
 import functools
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ FUSESTORE, PLAIN, DEFAULT, REDIRECTS = "fusestore", "plain", "overlayfs", "overl
 ORACLES = (PLAIN, DEFAULT, REDIRECTS)
 GROUPS = sorted({operation.group for operation in operations()})
 _DEADLINE_S = 500
+_EACH = {"overlay": 1 if os.environ.get("FUSESTORE_TEST_PROFILE") == "long" else 41}
+"""Of so many cells one is done, by driver; all of them by the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class Matrix:
 
     def __init__(self, person: Person, base: Path, stack: ExitStack) -> None:
         cells = [Cell(thing, operation) for operation in operations() for thing in objects()]
+        cells = cells[:: _EACH.get(person.driver, 1)]
         self.cells = dict(enumerate(cell for cell in cells if person.is_root or not cell.needs_root))
         self.person = person
         self.mount = Mount(person, base)
@@ -198,6 +203,11 @@ class Matrix:
                 yield from _facets(cell, expected, self.outcomes[FUSESTORE][number])
 
 
+def _unlike(matrix: Matrix) -> frozenset[str]:
+    """What the next mount shows otherwise: by `overlay` links are known for one only then."""
+    return frozenset({"group"} if matrix.person.driver == "overlay" else ())
+
+
 def _snapshot(root: Path) -> Snapshot:
     with closing(RealTree(root)) as tree:
         return tree.snapshot()
@@ -234,11 +244,22 @@ def test_a_container_does_what_overlayfs_does(matrix: Matrix, oracle: str, group
     assert [str(facet) for facet in matrix.facets(oracle, group) if not _explain(oracle, facet)] == []
 
 
-@pytest.mark.parametrize("person", ["erofs"], indirect=True)
+def _numbers_links_apart(facet: Facet) -> bool:
+    """A link to what was copied up, over FUSE; its mtime is compared by its number."""
+    seen = facet.outcomes[1].after.get(facet.path or b".")
+    return facet.field in ("was", "mtime", "group") and seen is not None and seen.entry.nlink > 1
+
+
+@pytest.mark.parametrize("person", ["erofs", "overlay"], indirect=True)
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_kernels_container_does_all_that_overlayfs_does(matrix: Matrix, group: str) -> None:
     """But for link counts of directories: the lower layer is one, and overlayfs has them where none merge."""
-    unlike = (facet for facet in matrix.facets(REDIRECTS, group) if not _counts_subdirectories(facet))
+    known = [_counts_subdirectories]
+    if matrix.person.driver == "overlay":
+        known.append(_numbers_links_apart)
+    unlike = (
+        facet for facet in matrix.facets(REDIRECTS, group) if not any(explains(facet) for explains in known)
+    )
     assert [str(facet) for facet in unlike] == []
 
 
@@ -261,7 +282,7 @@ def test_the_readme_has_all_that_differs() -> None:
     assert rows[1:] == [known.name for known in DIFFERENCES]
 
 
-@pytest.mark.parametrize("person", ["root", "user", "erofs"], indirect=True)
+@pytest.mark.parametrize("person", ["root", "user", "erofs", "overlay"], indirect=True)
 def test_the_next_mount_shows_what_this_one_does(matrix: Matrix, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         counts = ", ".join(f"{len(outcomes)} in {place}" for place, outcomes in matrix.outcomes.items())
@@ -269,10 +290,10 @@ def test_the_next_mount_shows_what_this_one_does(matrix: Matrix, capsys: pytest.
     before = matrix.tree
     matrix.mount.umount()
     matrix.mount.mount()
-    assert differences(before, matrix.snapshot(matrix.rootfs)) == []
+    assert differences(before, matrix.snapshot(matrix.rootfs), ignore=_unlike(matrix)) == []
 
 
-@pytest.mark.parametrize("person", ["root", "erofs"], indirect=True)
+@pytest.mark.parametrize("person", ["root", "erofs", "overlay"], indirect=True)
 def test_overlayfs_shows_what_this_mount_does(matrix: Matrix) -> None:
     before = matrix.tree
     matrix.mount.umount()
@@ -282,4 +303,4 @@ def test_overlayfs_shows_what_this_mount_does(matrix: Matrix) -> None:
         matrix.overlay(stack, merged, matrix.mount.store / "containers/c", "on")
         found = matrix.snapshot(merged)
     matrix.mount.mount()
-    assert differences(before, found, ignore=frozenset({"nlink"})) == []
+    assert differences(before, found, ignore=_unlike(matrix) | {"nlink"}) == []
