@@ -230,8 +230,10 @@ class Mounts:
             pass  # its daemon has gone
         except (TimeoutError, BlockingIOError):  # stopped; or too many wait already
             self._late.add(name)
-            self.live()
-            _log.warning("a mount of this store does not answer: it may show %s for a while", changed.name)
+            if name in [record.bell_name for record in self.live()]:
+                _log.warning(
+                    "a mount of this store does not answer: it may show %s for a while", changed.name
+                )
 
     def _patience_s(self, name: str, changed: Changed) -> float:
         if changed.place == IDLE:

@@ -68,3 +68,15 @@ def test_a_stopped_mount_holds_up_the_first_change_most(
     assert [message for _, _, message in caplog.record_tuples] == [
         "a mount of this store does not answer: it may show c for a while"
     ] * 3
+
+
+def test_who_ends_before_it_answers_is_not_warned_of(
+    others: Mounts, record: MountRecord, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: object) -> bytes:
+        record.close()
+        raise TimeoutError
+
+    monkeypatch.setattr(others, "_say", end)
+    others.announce(CHANGED)
+    assert caplog.record_tuples == []
