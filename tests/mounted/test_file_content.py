@@ -29,6 +29,7 @@ def _import_random_files(mount: Mount) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.by_union  # by the others O_DIRECT wants blocks, as the file system below does
 def test_a_file_holds_what_was_written_to_it(fresh: Mount) -> None:
     files = _import_random_files(fresh)
     for number in range(CALLS // CALLS_EACH):

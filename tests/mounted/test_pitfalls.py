@@ -25,6 +25,9 @@ from fusestore.syscalls import RENAME_WHITEOUT, renameat2
 
 pytestmark = [pytest.mark.mounted, pytest.mark.images]
 
+by_union = pytest.mark.by_union
+"""overlayfs counts links of the image otherwise, takes set-group-ID away, and gives no handles."""
+
 
 NAME = b"n" * 255
 TARGET = b"/t" * 2047 + b"t"
@@ -204,6 +207,7 @@ LINKS = {
 }  # fmt: skip
 
 
+@by_union
 @pytest.mark.parametrize("writes", [False, True], ids=["read", "written"])
 @pytest.mark.parametrize("what", LINKS)
 def test_links_of_a_file_that_is_open(shared: Mount, rootfs: Path, what: str, writes: bool) -> None:
@@ -214,6 +218,7 @@ def test_links_of_a_file_that_is_open(shared: Mount, rootfs: Path, what: str, wr
 # Forgotten by the kernel
 
 
+@by_union
 @as_root
 def test_everything_again_after_the_kernel_forgot(shared: Mount, rootfs: Path) -> None:
     """`remount` shrinks the dentries of a mount: all that is not open is forgotten."""
@@ -421,6 +426,7 @@ def test_what_takes_set_user_id_away(shared: Mount, rootfs: Path, what: str, mod
     assert found == expected
 
 
+@by_union
 @as_root
 def test_set_group_id_without_execute_stays(shared: Mount, rootfs: Path) -> None:
     """It stands for mandatory locks, which Linux no longer has; FUSE's kernel keeps it (fs/fuse/dir.c)."""
@@ -537,6 +543,7 @@ def _handles_of_the_removed(root: Path, mountpoint: Path) -> list[bytes | int]:
     return found
 
 
+@by_union
 @as_root
 def test_a_handle_leads_to_its_file_or_nowhere(shared: Mount, rootfs: Path) -> None:
     call, mountpoint = shared.person.call, shared.mountpoint
@@ -555,6 +562,7 @@ def _handle_after(root: Path, mountpoint: Path, path: str, *steps: tuple[str, ..
     return _open_by_handle(mountpoint, handle)
 
 
+@by_union
 @as_root
 @pytest.mark.parametrize(
     ("path", "steps", "expected"),
@@ -580,6 +588,7 @@ def _known(paths: list[Path]) -> None:
         path.read_bytes()
 
 
+@by_union
 @as_root
 def test_a_handle_of_the_mount_before_leads_nowhere(fresh: Mount) -> None:
     call = fresh.person.call
