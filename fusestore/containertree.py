@@ -194,8 +194,14 @@ class ContainerTree(FixedBranch):
         if self._dirs.get(container.id) is container:
             del self._dirs[container.id]
 
-    def _link(self, name: str) -> NameLink:
-        return self._link_to(name, self._store.container_id(name))
+    def _link(self, name: str) -> Node:
+        container_id = self._store.container_id(name)
+        if container_id != name:
+            return self._link_to(name, container_id)
+        made = self._container(name)  # just now: it was looked for before
+        if made is None:
+            raise errors.NotFound(f"there is no container {name!r}")
+        return made
 
     def _link_to(self, name: str, container_id: str) -> NameLink:
         target = container_id.encode()

@@ -14,6 +14,7 @@ from rig.tinyimages import make_layout
 from rig.treeshell import CALLER, OWNER, FakeRootfs, TreeShell
 
 from fusestore import errors
+from fusestore.containertree import ContainerTree
 from fusestore.inodes import Caller, Changes, run
 from fusestore.layout import Layout
 from fusestore.mounts import Changed
@@ -876,3 +877,16 @@ def test_forgotten_container_is_let_go(shell: TreeShell) -> None:
 def test_refusals_say_what_to_do(shell: TreeShell) -> None:
     with pytest.raises(errors.NotPermitted, match=re.escape("use its rootfs or workdir")):
         shell.symlink("y", "containers/c/x")
+
+
+def test_a_container_that_is_made_while_it_is_looked_for_is_no_link(
+    shell: TreeShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, looked = ContainerTree._container, []
+
+    def look_too_early(tree: ContainerTree, container_id: str) -> object:
+        looked.append(container_id)
+        return None if len(looked) == 1 else look(tree, container_id)
+
+    monkeypatch.setattr(ContainerTree, "_container", look_too_early)
+    assert stat.S_ISDIR(shell.stat("containers/c").mode)
