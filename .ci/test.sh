@@ -19,4 +19,5 @@ bin=$FUSESTORE_VENV/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-"$bin/pytest" -n 2 --dist loadgroup "$@"
+# Three workers for two processors: tests of mounts wait for the disk, and for processes to end.
+"$bin/pytest" -n 3 --dist loadgroup "$@"
