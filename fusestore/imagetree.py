@@ -179,10 +179,7 @@ def _open_lazy(store: Store, ref: LayerRef, make: Callable[[], BlobHandle]) -> S
 
 
 class _TarHandle(FileHandle):
-    """A layer's tar: EROFS reads it, and has pages of its own."""
-
     __slots__ = ("_reader",)
-    is_read_once = True
 
     def __init__(self, tar: _Tar) -> None:
         super().__init__(tar)

@@ -181,8 +181,6 @@ class FileHandle:
 
     __slots__ = ("node",)
     direct_io: ClassVar[bool] = False
-    is_read_once: ClassVar[bool] = False
-    """Whether its readers keep what they read, so that the kernel need not."""
     keep_cache: ClassVar[bool] = True
 
     def __init__(self, node: Node) -> None:
@@ -481,11 +479,6 @@ class Handles:
         """The files that the kernel may hold unwritten pages of."""
         handles = self._handles.values()
         return {one.node.ino for one in handles if isinstance(one, FileHandle) and not one.direct_io}
-
-    def read_once(self) -> set[Inode]:
-        """The files that the kernel may hold pages of in vain."""
-        handles = self._handles.values()
-        return {one.node.ino for one in handles if isinstance(one, FileHandle) and one.is_read_once}
 
     def directory(self, number: int) -> DirHandle:
         return cast(DirHandle, self._handles[number])
