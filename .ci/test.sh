@@ -20,4 +20,4 @@ bin=$FUSESTORE_VENV/bin
 "$bin/mypy"
 "$bin/lint-imports"
 # Three workers for two processors: tests of mounts wait for the disk, and for processes to end.
-"$bin/pytest" -n 3 --dist loadgroup "$@"
+"$bin/pytest" -n 3 --dist loadgroup --durations 40 "$@"
