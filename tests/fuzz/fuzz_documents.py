@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import msgpack
-from rig.fuzzing import drive, own_directory, spliced
+from rig.fuzzing import drive, own_directory, spliced_seed
 from rig.ocisources import SourceMaker, docker_archive, tar_of
 
 from fusestore import imageconfig, metadata, oci, runtimespec
@@ -255,9 +255,7 @@ TOKENS = (
 
 
 def mutated(source: random.Random) -> bytes:
-    target = source.randrange(len(READERS))
-    data = source.choice(SEEDS[target])
-    return bytes([target]) + spliced(source, data, TOKENS)
+    return spliced_seed(source, SEEDS, TOKENS)
 
 
 if __name__ == "__main__":

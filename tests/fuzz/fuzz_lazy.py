@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import zstandard
-from rig.fuzzing import Bytes, drive, own_directory, spliced
+from rig.fuzzing import Bytes, drive, own_directory, spliced_seed
 from rig.indexes import touch_everything
 from rig.stargz import TOC_DIGEST, make_stargz
 
@@ -259,9 +259,7 @@ TOKENS = (
 
 
 def mutated(source: random.Random) -> bytes:
-    target = source.randrange(len(TARGETS))
-    data = source.choice(SEEDS[target])
-    return bytes([target]) + spliced(source, data, TOKENS)
+    return spliced_seed(source, SEEDS, TOKENS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import fusestore
 
-__all__ = ["Bytes", "drive", "kept", "own_directory", "spliced"]
+__all__ = ["Bytes", "drive", "kept", "own_directory", "spliced", "spliced_seed"]
 
 T = TypeVar("T")
 INPUT_S = 10.0
@@ -81,6 +81,12 @@ def spliced(source: random.Random, data: bytes, tokens: Sequence[bytes], first: 
             case _:
                 changed[place : place + source.randrange(20)] = source.choice(tokens)
     return bytes(changed)
+
+
+def spliced_seed(source: random.Random, seeds: Sequence[Sequence[bytes]], tokens: Sequence[bytes]) -> bytes:
+    """The number of a target, and one of its seeds, `spliced`. `seeds` has those of each target."""
+    target = source.randrange(len(seeds))
+    return bytes([target]) + spliced(source, source.choice(seeds[target]), tokens)
 
 
 def own_directory() -> Path:
